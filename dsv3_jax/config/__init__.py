@@ -7,11 +7,13 @@ training run and holds a `ModelConfig`. Merge order: file, then flags.
 from dsv3_jax.config.files import dump_yaml, from_mapping, load_yaml, nearest, to_mapping
 from dsv3_jax.config.model import LEGEND, ModelConfig, RopeScaling, dims, shape_of
 from dsv3_jax.config.run import (
+    MESH_PRESETS,
     CheckpointConfig,
     DataConfig,
     InitConfig,
     LoggingConfig,
     MeshConfig,
+    MoEConfig,
     OptimizerConfig,
     RunConfig,
     RunSection,
@@ -20,11 +22,13 @@ from dsv3_jax.config.run import (
 
 __all__ = [
     "LEGEND",
+    "MESH_PRESETS",
     "CheckpointConfig",
     "DataConfig",
     "InitConfig",
     "LoggingConfig",
     "MeshConfig",
+    "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RopeScaling",

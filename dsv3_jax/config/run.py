@@ -143,19 +143,69 @@ class InitConfig:
     """Native checkpoint, run folder or Hugging Face folder: weights and tokenizer, fresh optimiser."""
 
 
+MESH_PRESETS: dict[str, dict[str, int]] = {
+    "one_gpu": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
+    # Experts over the fast links of one machine; dense weights are cut over the same devices.
+    "8gpu": {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1},
+    "64gpu": {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1},
+    # 64-way expert parallelism over 8 machines, as in the V3 report (section 3.2).
+    "2048gpu": {"data": 8, "fsdp": 4, "expert": 64, "tensor": 1},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices an axis; fsdp 0 takes the rest."""
 
     data: int = 1
+    """Copies of the dense weights; tokens are cut over data, fsdp and expert."""
     fsdp: int = 0
+    """Dense weights are cut over this axis and `expert`, and gathered where a layer uses them."""
     expert: int = 1
+    """Routed experts are cut over this axis; their tokens travel."""
     tensor: int = 1
+    """Heads and widths are cut over this axis."""
+    preset: Literal["none", "one_gpu", "8gpu", "64gpu", "2048gpu"] = "none"
+    """Axes for a number of GPUs, instead of the four above."""
 
     def __post_init__(self) -> None:
         for name in ("data", "expert", "tensor"):
             _require(getattr(self, name) >= 1, f"mesh.{name}", getattr(self, name), "1 or more")
         _require(self.fsdp >= 0, "mesh.fsdp", self.fsdp, "0 (take the rest) or more")
+        _require(self.preset in ("none", *MESH_PRESETS), "mesh.preset", self.preset, ", ".join(MESH_PRESETS))
+        axes = (self.data, self.fsdp, self.expert, self.tensor)
+        _require(
+            self.preset == "none" or axes == (1, 0, 1, 1),
+            "mesh.preset",
+            self.preset,
+            f"none beside axes of your own (data, fsdp, expert, tensor = {axes})",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """How tokens reach experts on other devices; the result of a step is the same, unless pairs are dropped."""
+
+    dispatch: Literal["auto", "gather", "all_to_all", "ragged_all_to_all"] = "auto"
+    """gather: all tokens to every device of the expert axis. all_to_all: each token to the devices that hold its
+    experts. ragged_all_to_all: the same without padding, GPUs only. auto: by shape, logged."""
+    chunk: int = 8192
+    """Tokens a device sends at a time, which bounds the buffers; 0: all at once."""
+    capacity_factor: float = 0.0
+    """0: no token is ever dropped. Above 0: a fixed capacity of all_to_all in multiples of the mean; what exceeds it is
+    dropped and counted."""
+
+    def __post_init__(self) -> None:
+        _require(self.chunk >= 0, "moe.chunk", self.chunk, "0 (all at once) or more")
+        _require(
+            self.capacity_factor >= 0, "moe.capacity_factor", self.capacity_factor, "0 (never drop) or more"
+        )
+        _require(
+            not self.capacity_factor or self.dispatch == "all_to_all",
+            "moe.capacity_factor",
+            self.capacity_factor,
+            f"0 with moe.dispatch = {self.dispatch} (only all_to_all drops)",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +221,7 @@ class RunConfig:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:

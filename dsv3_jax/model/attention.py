@@ -21,6 +21,7 @@ from dsv3_jax.model.indexer import Indexer, select
 from dsv3_jax.model.module import Array, Module, einsum, part
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import rotate, softmax_scale
+from dsv3_jax.parallel.leaves import entering
 
 Form = Literal["expanded", "absorbed"]
 
@@ -98,7 +99,7 @@ class Attention(Module):
         C, N = self.cfg.kv_lora_rank, self.cfg.qk_nope_head_dim
         B, T, H, R = q_rope.shape
         kv_BTHW = einsum("BTC,HWC->BTHW", new_BTJ[..., :C], kv_b_HWC)
-        k_rope = jnp.broadcast_to(new_BTJ[:, :, None, C:], (B, T, H, R))
+        k_rope = jnp.broadcast_to(entering(new_BTJ[:, :, None, C:], kv_b_HWC), (B, T, H, R))
         mask_BTS = None
         if index is not None and self.cfg.index_topk < T:
             q_index, weights, k_index = index

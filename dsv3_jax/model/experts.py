@@ -9,6 +9,7 @@ from flax import linen as nn
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.module import Array, Module, grouped_matmul
 from dsv3_jax.model.router import Choice, Router, Routing
+from dsv3_jax.parallel.leaves import entering, leaving
 
 
 class RoutedExperts(Module):
@@ -20,6 +21,8 @@ class RoutedExperts(Module):
         cfg = self.cfg
         N, K = choice.experts_NK.shape
         gate_up, down = self.weight("gate_up", "EPFD"), self.weight("down", "EDF")
+        # Where widths are cut over an axis, each device adds up its part of every expert's output.
+        x_ND, weights_NK = entering(x_ND, gate_up), entering(choice.weights_NK, gate_up)
 
         expert_of_pair = choice.experts_NK.reshape(-1)
         order = jnp.argsort(expert_of_pair, stable=True)
@@ -31,7 +34,7 @@ class RoutedExperts(Module):
         y = grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes_E)
         # Gather back and add over K in the order of choice, so that a token's sum does not depend on the others.
         y_NKD = y[place].reshape(N, K, -1).astype(jnp.float32)
-        return jnp.sum(y_NKD * choice.weights_NK[:, :, None], axis=1).astype(x_ND.dtype)
+        return leaving(jnp.sum(y_NKD * weights_NK[:, :, None], axis=1).astype(x_ND.dtype), down)
 
 
 class MoE(Module):

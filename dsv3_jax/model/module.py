@@ -16,6 +16,7 @@ from flax import linen as nn
 from dsv3_jax.config import ModelConfig, shape_of
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul as _grouped_matmul
 from dsv3_jax.kernels.registry import full_precision
+from dsv3_jax.parallel.leaves import Sharded, enter, leave
 
 Array = jax.Array
 
@@ -50,35 +51,51 @@ class Module(nn.Module):
 def einsum(equation: str, x: Array, weight: Any, *, dtype: Any = None) -> Array:
     """Contract activations with a weight, e.g. `einsum("BTA,HQA->BTHQ", x, q_b_HQA)`.
 
-    The weight is cast to the compute type (`dtype`, by default that of `x`); the sum is float32 inside.
+    The weight is cast to the compute type (`dtype`, by default that of `x`); the sum is float32 inside. A `Sharded`
+    weight is gathered for this product alone, again in backward; one that stays cut over an axis gives that part of
+    the outputs, or, where the letter it is cut along is summed over, the whole sum.
     """
     dtype = dtype or x.dtype
-    x, weight = x.astype(dtype), weight.astype(dtype)
+    x = x.astype(dtype)
+    if not isinstance(weight, Sharded):
+        return _product(equation, x, weight.astype(dtype))
+    letter, axis = weight.cut or ("", "")
+    if axis and letter in equation.partition("->")[2]:
+        x = enter(x, axis)
+    # Without the checkpoint backward would keep the gathered weights of all layers.
+    y = jax.checkpoint(lambda x, weight: _product(equation, x, weight.astype(dtype)))(x, weight)
+    return leave(y, axis) if axis and letter not in equation.partition("->")[2] else y
+
+
+def _product(equation: str, x: Array, weight: Array) -> Array:
     inputs, out = equation.split("->")
     ours, theirs = inputs.split(",")
     inner = "".join(letter for letter in theirs if letter not in out)
     outer = theirs[: len(theirs) - len(inner)]
     kept = ours[: len(ours) - len(inner)]
     if (ours, theirs, out) != (kept + inner, outer + inner, kept + outer):
-        return jnp.einsum(equation, x, weight, precision=full_precision(dtype))
+        return jnp.einsum(equation, x, weight, precision=full_precision(x.dtype))
     # As one product of two matrices, [.., in] x [out, in]: given more letters, XLA:CPU copies the weight transposed
     # on every call.
     K = math.prod(x.shape[len(kept) :])
     y = jax.lax.dot_general(
-        x.reshape(-1, K), weight.reshape(-1, K), (((1,), (1,)), ((), ())), precision=full_precision(dtype)
+        x.reshape(-1, K), weight.reshape(-1, K), (((1,), (1,)), ((), ())), precision=full_precision(x.dtype)
     )
     return y.reshape(*x.shape[: len(kept)], *weight.shape[: len(outer)])
 
 
 def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array) -> Array:
-    """Rows sorted by expert times their expert's matrix: [N, in] and [E, ..., in] -> [N, prod(...)]."""
-    flat = weight.astype(x_ND.dtype).reshape(weight.shape[0], -1, weight.shape[-1])
-    return _grouped_matmul(x_ND, flat, group_sizes_E)
+    """Rows sorted by expert times their expert's matrix: [N, in] and [E, ..., in] -> [N, prod(...)].
+
+    A weight that is cut over an axis gives the product with this device's part (`RoutedExperts` adds them up).
+    """
+    weight = weight.astype(x_ND.dtype)
+    return _grouped_matmul(x_ND, weight.reshape(weight.shape[0], -1, weight.shape[-1]), group_sizes_E)
 
 
 def rows(weight: Any, ids: Array, dtype: Any) -> Array:
     """Rows of a table [V, D] for integer ids of any shape, in `dtype`. Ids are range-checked on the host."""
-    return weight[ids].astype(dtype)
+    return weight.rows(ids, dtype) if isinstance(weight, Sharded) else weight[ids].astype(dtype)
 
 
 def part(weight: Any, axis: int, start: int, stop: int) -> Any:

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from dsv3_jax.config import MeshConfig
+from dsv3_jax.config import MESH_PRESETS, MeshConfig
 from dsv3_jax.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = (
+    "data",
+    "fsdp",
+    "expert",
+    "tensor",
+)  # "context" and "pipeline" have rows in the tables, but no mesh yet
 # Tokens are split over these. Attention is data-parallel over the expert axis (V3 report, section 3.2).
 BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def mesh_shape(cfg: MeshConfig, devices: int) -> dict[str, int]:
     """Devices along every axis. Raises ConfigError if the product is not `devices`."""
-    others = cfg.data * cfg.expert * cfg.tensor
-    fsdp = cfg.fsdp or max(devices // others, 1)
-    if others * fsdp != devices:
-        raise ConfigError(
-            f"mesh: data {cfg.data} x fsdp {fsdp} x expert {cfg.expert} x tensor {cfg.tensor} = {others * fsdp} "
-            f"devices; expected {devices}, as there are"
-        )
-    return dict(zip(MESH_AXES, (cfg.data, fsdp, cfg.expert, cfg.tensor), strict=True))
+    if cfg.preset != "none":
+        axes = MESH_PRESETS[cfg.preset]
+    else:
+        rest = max(devices // (cfg.data * cfg.expert * cfg.tensor), 1)
+        axes = {"data": cfg.data, "fsdp": cfg.fsdp or rest, "expert": cfg.expert, "tensor": cfg.tensor}
+    total = math.prod(axes.values())
+    if total != devices:
+        told = " x ".join(f"{axis} {axes[axis]}" for axis in MESH_AXES)
+        raise ConfigError(f"mesh: {told} = {total} devices; expected {devices}, as there are")
+    return {axis: axes[axis] for axis in MESH_AXES}
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,8 +1,9 @@
 """Which dimension lives on which mesh axis: one table to store weights by, one to compute with.
 
 Storage holds master weights, optimiser state and checkpoints: everything is cut as far as it goes. Compute is
-how a layer uses its weights: `fsdp` has been gathered, experts stay on their axis, `tensor` cuts heads and
-widths. Weights of one dimension (norms, biases) are small and used whole: they are replicated in both.
+how a layer uses its weights: `fsdp` (and, for dense weights, `expert`) has been gathered, experts stay on their
+axis, `tensor` cuts heads and widths. Weights of one dimension (norms, biases) are small and used whole: they are
+replicated in both.
 """
 
 from __future__ import annotations
@@ -43,16 +44,23 @@ class Row:
 
 # "E" counts experts' matrices only below experts/; in the router it is a row of scores that every token needs.
 _EXPERTS = Row("E", ("expert",), where="/experts/")
-_WIDTHS = Row("HIFMVY", ("tensor",))
+# The indexer's heads (Y) are summed over outside of any product with a weight, and are few: never cut.
+_WIDTHS = Row("HIFM", ("tensor",))
+# Axes that no mesh has yet: stages of layers, and pieces of a sequence (T is in no weight).
+_LATER = (Row("L", ("pipeline",)), Row("T", ("context",)))
 STORAGE: tuple[Row, ...] = (
+    *_LATER,
     _EXPERTS,
     _WIDTHS,
-    Row("D", ("fsdp",)),
+    # Experts are whole on their device in compute; only master weights and moments are cut further.
+    Row("D", ("data", "fsdp"), where="/experts/"),
+    # Attention is data-parallel over the expert axis, so dense weights are cut over it as over fsdp.
+    Row("D", ("fsdp", "expert")),
     # Leaves without D: the up-projections from the latents.
-    Row("A", ("fsdp",)),
-    Row("C", ("fsdp",)),
+    Row("A", ("fsdp", "expert")),
+    Row("C", ("fsdp", "expert")),
 )
-COMPUTE: tuple[Row, ...] = (_EXPERTS, _WIDTHS)
+COMPUTE: tuple[Row, ...] = (*_LATER, _EXPERTS, _WIDTHS)
 
 
 def axes_of(path: str, leaf: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from jax import lax
 
 from dsv3_jax.config import ModelConfig, TrainingConfig
 from dsv3_jax.model import Output, Routing, Transformer
+from dsv3_jax.parallel.leaves import Sharded
 
 Array = jax.Array
 IGNORED = -1  # a target that is none
@@ -100,7 +101,7 @@ def _chunk_loss(logits: Logits, head: Any, hidden_CD: Array, targets_C: Array) -
 
 def _forward(
     logits: Logits, head: Any, hidden_ND: Array, targets_N: Array, chunk: int
-) -> tuple[Array, tuple[Any, Array]]:
+) -> tuple[Array, tuple[Any, Array, Any]]:
     hidden_MCD, targets_MC = _chunks(hidden_ND, targets_N, chunk)
 
     def visit(carry: tuple[Array, Any], xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Array]:
@@ -109,17 +110,21 @@ def _forward(
         loss, (d_chunk, d_hidden) = jax.value_and_grad(
             lambda head, hidden: _chunk_loss(logits, head, hidden, targets_C), argnums=(0, 1)
         )(head, hidden_CD)
-        return (total + loss, jax.tree.map(jnp.add, d_head, d_chunk)), d_hidden
+        d_head = jax.tree.map(lambda sum_, d: sum_ + d.astype(jnp.float32), d_head, d_chunk)
+        return (total + loss, d_head), d_hidden
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, head))
+    # Chunks add up in float32 whatever the type of the head.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+    start = (jnp.zeros((), jnp.float32), zeros)
     (total, d_head), d_hidden = lax.scan(visit, start, (hidden_MCD, targets_MC))
-    return total, (d_head, d_hidden.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]])
+    d_hidden = d_hidden.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
+    return total, (d_head, d_hidden, jax.tree.map(lambda leaf: jnp.zeros((0,), leaf.dtype), head))
 
 
-def _backward(logits: Logits, chunk: int, saved: tuple[Any, Array], g: Array) -> tuple[Any, Array, None]:
-    d_head, d_hidden = saved
+def _backward(logits: Logits, chunk: int, saved: tuple[Any, Array, Any], g: Array) -> tuple[Any, Array, None]:
+    d_head, d_hidden, like = saved
     return (
-        jax.tree.map(lambda d: (d * g).astype(d.dtype), d_head),
+        jax.tree.map(lambda d, leaf: (d * g).astype(leaf.dtype), d_head, like),
         (d_hidden * g).astype(d_hidden.dtype),
         None,
     )
@@ -171,10 +176,19 @@ def _mtp_logits(model: Transformer, depth: int, head: Any, hidden_ND: Array) -> 
 
 
 def _heads(cfg: ModelConfig, params: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The parts of the tree that the main head and the multi-token head read."""
+    """The parts of the tree that the main head and the multi-token head read, whole on this device.
+
+    A cut one is gathered here, in the compute type, once for all chunks of tokens.
+    """
+
+    def whole(leaf: Any) -> Any:
+        return leaf.astype(cfg.dtype) if isinstance(leaf, Sharded) else leaf
+
     name = "embed_VD" if cfg.tie_word_embeddings else "head_VD"
-    main = {name: params[name]}
-    return main, {"mtp": {"head_VD": params["mtp"]["head_VD"]}} if cfg.mtp_own_head else main
+    main = {name: whole(params[name])}
+    if not cfg.mtp_own_head:
+        return main, main
+    return main, {"mtp": {"head_VD": whole(params["mtp"]["head_VD"])}}
 
 
 def _over_tokens(logits: Logits, head: Any, hidden_BTD: Array, targets_BT: Array, chunk: int) -> Array:
@@ -183,9 +197,13 @@ def _over_tokens(logits: Logits, head: Any, hidden_BTD: Array, targets_BT: Array
 
 
 def next_token_loss(
-    model: Transformer, params: Any, router: Any, batch: Mapping[str, Array], chunk: int
+    model: Transformer, params: Any, router: Any, batch: Mapping[str, Array], chunk: int, head: Any = None
 ) -> tuple[Array, Output]:
-    """Sum of the next-token losses of a batch, nats, and what the model returned."""
+    """Sum of the next-token losses of a batch, nats, and what the model returned.
+
+    Args:
+      head: what the logits read, by default that part of `params`.
+    """
     out: Any = model.apply(
         {"params": params, "router": router},
         batch["tokens_BT"],
@@ -193,7 +211,7 @@ def next_token_loss(
         segments_BT=batch["segments_BT"],
     )
     logits = functools.partial(_main_logits, model)
-    head = _heads(model.cfg, params)[0]
+    head = _heads(model.cfg, params)[0] if head is None else head
     return _over_tokens(logits, head, out.hidden_BTD, batch["targets_BT"], chunk), out
 
 
@@ -218,7 +236,8 @@ def loss_fn(
     training = training or TrainingConfig()
     totals = totals if totals is not None else count_totals(batch, cfg)
     model = Transformer(cfg, remat=training.remat)
-    ce, out = next_token_loss(model, params, router, batch, training.loss_chunk)
+    main_head, mtp_head = _heads(cfg, params)
+    ce, out = next_token_loss(model, params, router, batch, training.loss_chunk, main_head)
     ce = ce / jnp.maximum(totals.targets, 1.0)
     mtp = jnp.zeros((), jnp.float32)
     routings: list[Routing] = [] if out.routing is None else [out.routing]
@@ -231,9 +250,7 @@ def loss_fn(
         routings.append(ahead.routing)
         for k in range(depth):
             logits = functools.partial(_mtp_logits, model, k)
-            part = _over_tokens(
-                logits, _heads(cfg, params)[1], ahead.hidden_LBTD[k], targets_LBT[k], training.loss_chunk
-            )
+            part = _over_tokens(logits, mtp_head, ahead.hidden_LBTD[k], targets_LBT[k], training.loss_chunk)
             mtp = mtp + part / jnp.maximum(totals.mtp_targets_L[k], 1.0) / depth
     B = batch["tokens_BT"].shape[0]
     parts = _with_routing(cfg, ce, mtp, routings, B / jnp.maximum(totals.rows, 1.0))

@@ -17,7 +17,8 @@ CONFIG, METRICS, REPORT = "config.yaml", "metrics.jsonl", "report.html"
 TOKENIZER, HF, TENSORBOARD = "tokenizer", "hf", "tensorboard"
 _OURS = {CONFIG, METRICS, REPORT, TOKENIZER, HF, TENSORBOARD, "checkpoints", ".lock"}
 # What a restart may change; everything else would make it another run.
-_MAY_DIFFER = ("training.steps", "checkpoint.", "logging.", "run.")
+# Devices are not part of it: a run goes on with the same bits restored, whatever mesh they are cut over.
+_MAY_DIFFER = ("training.steps", "checkpoint.", "logging.", "run.", "mesh.", "moe.", "distributed.")
 
 
 class RunFolder:
@@ -61,7 +62,8 @@ class RunFolder:
             if saved.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER):
                 raise ConfigError(
                     f"{self.path} is a run with {key} = {saved.get(key)!r}, not {now.get(key)!r}; on resume only "
-                    "training.steps, checkpoint and logging keys may differ (a new run needs another run.dir)"
+                    "training.steps, checkpoint, logging, mesh, moe and distributed keys may differ (a new run needs "
+                    "another run.dir)"
                 )
 
     def save_config(self, cfg: RunConfig) -> None:

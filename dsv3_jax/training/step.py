@@ -1,7 +1,8 @@
 """The training step: one pure function (state, batch) -> (state, metrics), for any mesh.
 
-Inside one `jax.shard_map` each device computes loss and gradients of its rows; sums over the mesh's batch axes
-make them those of the global batch. Everything after that is ordinary single-device code on the sums.
+Inside one `jax.shard_map` each device computes loss and gradients of its rows with weights gathered where they are
+used (`dsv3_jax.parallel.leaves`); sums over the mesh's batch axes make them those of the global batch, each device
+keeping its part. Everything after that is ordinary single-device code on arrays that stay cut as they are stored.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.model import Transformer, init_variables, max_violation
+from dsv3_jax.model import Transformer, abstract_variables, init_variables, max_violation
 from dsv3_jax.parallel import BATCH_AXES
+from dsv3_jax.parallel.leaves import (
+    compute_copies,
+    placements,
+    reduce_gradients,
+    sharded_like,
+    storage_shardings,
+)
 from dsv3_jax.training.losses import Parts, Totals, count_totals, loss_fn, next_token_loss
 from dsv3_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -57,27 +65,49 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def state_shardings(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:
+    """Where each leaf of the state lives: weights and moments by the storage table, the rest everywhere."""
+    everywhere = NamedSharding(mesh, P())
+    variables = abstract_variables(cfg.model)
+    where = storage_shardings(variables, mesh)
+    opt_state = jax.eval_shape(make_optimizer(cfg.optimizer).init, variables["params"])
+    return State(
+        everywhere,
+        where["params"],
+        where["router"],
+        sharded_like(opt_state, variables["params"], where["params"], everywhere),
+    )
+
+
 def init_state(cfg: RunConfig, mesh: jax.sharding.Mesh, variables: Any = None) -> State:
-    """Step 0 on a mesh: the given variables, or fresh ones from the seed; zero moments."""
-    replicated = NamedSharding(mesh, P())
+    """Step 0 on a mesh: the given variables, or fresh ones from the seed (the same on every mesh); zero moments."""
+    where = state_shardings(cfg, mesh)
+    weights = {"params": where.params, "router": where.router}
     if variables is None:
-        fresh = jax.jit(functools.partial(init_variables, cfg.model), out_shardings=replicated)
+        fresh = jax.jit(functools.partial(init_variables, cfg.model), out_shardings=weights)
         variables = fresh(jax.random.key(cfg.seed))
 
     def start(variables: Any) -> State:
         params = variables["params"]
-        return State(
-            jnp.zeros((), jnp.int32), params, variables["router"], make_optimizer(cfg.optimizer).init(params)
-        )
+        opt_state = make_optimizer(cfg.optimizer).init(params)
+        return State(jnp.zeros((), jnp.int32), params, variables["router"], opt_state)
 
-    return jax.jit(start, out_shardings=replicated, donate_argnums=0)(jax.device_put(variables, replicated))
+    return jax.jit(start, out_shardings=where, donate_argnums=0)(jax.device_put(variables, weights))
 
 
 def abstract_state(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:
-    """Shapes and shardings of the state (what a restore needs)."""
-    replicated = NamedSharding(mesh, P())
-    shapes = jax.eval_shape(lambda: init_state(cfg, mesh))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+    """Shapes and shardings of the state (what a restore and a plan need); no device is touched."""
+
+    def start() -> State:
+        variables = init_variables(cfg.model, jax.random.key(0))
+        opt_state = make_optimizer(cfg.optimizer).init(variables["params"])
+        return State(jnp.zeros((), jnp.int32), variables["params"], variables["router"], opt_state)
+
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(start),
+        state_shardings(cfg, mesh),
+    )
 
 
 def make_train_step(
@@ -91,22 +121,23 @@ def make_train_step(
     batch), skipped (1 when loss or gradient was not finite and the state was left as it was), maxvio (mean over
     expert layers), router_entropy (mean over layers and tokens, nats), dropped, expert_counts_LE.
     """
-    if mesh.shape["tensor"] > 1:
-        raise ConfigError(
-            f"mesh.tensor is {mesh.shape['tensor']}; expected 1: the step does not split matrices yet"
-        )
+    if mesh.shape["expert"] > 1:
+        raise ConfigError(f"mesh.expert is {mesh.shape['expert']}; expected 1: tokens do not travel yet")
     parts, accumulate = shards_of(mesh), cfg.training.accumulate
     if cfg.training.batch_size % (parts * accumulate):
         raise ConfigError(
             f"training.batch_size is {cfg.training.batch_size}; expected a multiple of {parts} devices x "
             f"training.accumulate = {accumulate}"
         )
+    where = state_shardings(cfg, mesh)
+    specs = jax.tree.map(lambda sharding: sharding.spec, where.params)
+    placed = placements(abstract_variables(cfg.model), mesh)["params"]
     gradients = jax.shard_map(
-        lambda params, router, batch: _shard_gradients(cfg, params, router, batch),
+        lambda params, router, batch: _shard_gradients(cfg, placed, params, router, batch),
         mesh=mesh,
-        in_specs=(P(), P(), P(BATCH_AXES)),
-        out_specs=P(),
-        check_vma=False,  # every output is a psum over all batch axes
+        in_specs=(specs, P(), P(BATCH_AXES)),
+        out_specs=(specs, P(), P(), P()),
+        check_vma=False,  # sums over the mesh are written out: parallel/leaves.py
     )
     optimizer = make_optimizer(cfg.optimizer)
 
@@ -136,21 +167,22 @@ def make_train_step(
             "skipped": 1 - ok.astype(jnp.int32),
             **routing_metrics(sums, totals),
         }
-        return State(step, *kept), metrics
+        return jax.lax.with_sharding_constraint(State(step, *kept), where), metrics
 
     return train_step
 
 
 def _shard_gradients(
-    cfg: RunConfig, params: Any, router: Any, batch: Batch
+    cfg: RunConfig, placed: Any, params: Any, router: Any, batch: Batch
 ) -> tuple[Any, Array, Parts, Totals]:
-    """Gradients, loss and sums of the global batch, from this device's rows of it."""
+    """This device's part of the gradients of the global batch; loss and sums of that batch."""
     totals = lax.psum(count_totals(batch, cfg.model), BATCH_AXES)
+    weights = compute_copies(params, placed, cfg.model.dtype)
     n = cfg.training.accumulate
 
     def one(micro: Batch) -> tuple[tuple[Array, Parts], Any]:
         return jax.value_and_grad(loss_fn, has_aux=True)(
-            params, router, micro, cfg.model, cfg.training, totals
+            weights, router, micro, cfg.model, cfg.training, totals
         )
 
     if n == 1:
@@ -159,13 +191,13 @@ def _shard_gradients(
         micros = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), dict(batch))
 
         def visit(total: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, one(micro)), None
+            return jax.tree.map(lambda sum_, x: sum_ + x.astype(sum_.dtype), total, one(micro)), None
 
         first = jax.tree.map(lambda x: x[0], micros)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first))
         ((loss, sums), grads), _ = lax.scan(visit, zeros, micros)
-    grads, loss, sums = lax.psum((grads, loss, sums), BATCH_AXES)
-    return grads, loss, sums, totals
+    loss, sums = lax.psum((loss, sums), BATCH_AXES)
+    return reduce_gradients(grads, placed), loss, sums, totals
 
 
 def balance_update(cfg: ModelConfig, router: Any, counts_LE: Array, rate: float) -> Any:
@@ -200,8 +232,15 @@ def make_eval_step(
 ) -> Callable[[Any, Any, Batch], tuple[Array, Array]]:
     """(params, router, batch) -> (sum of next-token losses in nats, number of targets) over the mesh."""
 
+    abstract = abstract_variables(cfg.model)
+    placed = placements(abstract, mesh)["params"]
+    specs = jax.tree.map(lambda sharding: sharding.spec, storage_shardings(abstract, mesh)["params"])
+
     def shard(params: Any, router: Any, batch: Batch) -> tuple[Array, Array]:
-        loss, _ = next_token_loss(Transformer(cfg.model), params, router, batch, cfg.training.loss_chunk)
+        weights = compute_copies(params, placed, cfg.model.dtype)
+        loss, _ = next_token_loss(Transformer(cfg.model), weights, router, batch, cfg.training.loss_chunk)
         return lax.psum((loss, jnp.sum(batch["targets_BT"] >= 0, dtype=jnp.int32)), BATCH_AXES)
 
-    return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P(), P(BATCH_AXES)), out_specs=P(), check_vma=False)
+    return jax.shard_map(
+        shard, mesh=mesh, in_specs=(specs, P(), P(BATCH_AXES)), out_specs=P(), check_vma=False
+    )

@@ -19,7 +19,7 @@ RUN = tiny.replace(tiny.RUN, "optimizer", lr=1e-3)
 
 
 @functools.cache
-def _compiled(accumulate: int, mesh: tuple[int, int, int]) -> tuple[RunConfig, Any, Any]:
+def _compiled(accumulate: int, mesh: tuple[int, int, int, int]) -> tuple[RunConfig, Any, Any]:
     cfg = tiny.replace(RUN, "training", accumulate=accumulate)
     devices = tiny.mesh(*mesh)
     return cfg, devices, jax.jit(make_train_step(cfg, devices))
@@ -29,7 +29,9 @@ def _put(cfg: RunConfig, devices: jax.sharding.Mesh, seed: int = 0) -> dict[str,
     return jax.device_put(tiny.batch(cfg, seed), batch_sharding(devices))
 
 
-def _run(accumulate: int, mesh: tuple[int, int, int], steps: int) -> tuple[Any, list[dict[str, np.ndarray]]]:
+def _run(
+    accumulate: int, mesh: tuple[int, int, int, int], steps: int
+) -> tuple[Any, list[dict[str, np.ndarray]]]:
     cfg, devices, step = _compiled(accumulate, mesh)
     state, history = init_state(cfg, devices), []
     for number in range(steps):
@@ -40,14 +42,16 @@ def _run(accumulate: int, mesh: tuple[int, int, int], steps: int) -> tuple[Any, 
 
 @functools.cache
 def _reference() -> tuple[Any, list[dict[str, np.ndarray]]]:
-    return _run(1, (1, 1, 1), 5)
+    return _run(1, (1, 1, 1, 1), 5)
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "mesh"), [(1, (2, 2, 2)), (4, (1, 1, 1))], ids=["8 devices", "4 micro-batches"]
+    ("accumulate", "mesh"),
+    [(1, (2, 2, 1, 2)), (1, (1, 8, 1, 1)), (4, (1, 1, 1, 1))],
+    ids=["data 2 fsdp 2 tensor 2", "fsdp 8", "4 micro-batches"],
 )
 def test_first_five_losses_and_biases_do_not_depend_on_the_cut(
-    accumulate: int, mesh: tuple[int, int, int]
+    accumulate: int, mesh: tuple[int, int, int, int]
 ) -> None:
     state, history = _run(accumulate, mesh, 5)
     want_state, want = _reference()
@@ -60,7 +64,7 @@ def test_first_five_losses_and_biases_do_not_depend_on_the_cut(
 
 
 def test_loss_falls_on_a_batch_seen_again() -> None:
-    cfg, devices, step = _compiled(1, (1, 1, 1))
+    cfg, devices, step = _compiled(1, (1, 1, 1, 1))
     state, losses = init_state(cfg, devices), []
     for _ in range(8):
         state, metrics = step(state, _put(cfg, devices))
@@ -86,7 +90,7 @@ def test_balance_rule_moves_each_bias_by_u_towards_the_mean() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad: float) -> None:
-    cfg, devices, step = _compiled(1, (1, 1, 1))
+    cfg, devices, step = _compiled(1, (1, 1, 1, 1))
     state, _ = step(init_state(cfg, devices), _put(cfg, devices))
     poisoned = state.replace(
         params={**state.params, "final_norm_D": state.params["final_norm_D"].at[0].set(bad)}
@@ -104,7 +108,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad: float) -> 
 
 def test_evaluation_gives_the_training_cross_entropy() -> None:
     _, history = _reference()
-    devices = tiny.mesh(1, 4, 2)
+    devices = tiny.mesh(2, 4)
     state = init_state(RUN, devices)
     total, count = jax.jit(make_eval_step(RUN, devices))(state.params, state.router, _put(RUN, devices))
     assert int(count) == (tiny.batch(RUN)["targets_BT"] >= 0).sum()
@@ -113,4 +117,4 @@ def test_evaluation_gives_the_training_cross_entropy() -> None:
 
 def test_a_batch_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"training\.batch_size is 12; expected a multiple of 8"):
-        make_train_step(tiny.replace(RUN, "training", batch_size=12, accumulate=1), tiny.mesh(2, 2, 2))
+        make_train_step(tiny.replace(RUN, "training", batch_size=12, accumulate=1), tiny.mesh(2, 4))

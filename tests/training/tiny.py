@@ -48,9 +48,9 @@ def replace(cfg: RunConfig, section: str, **values: Any) -> RunConfig:
     return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **values)})
 
 
-def mesh(data: int = 1, fsdp: int = 1, expert: int = 1) -> jax.sharding.Mesh:
+def mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """A mesh of the first simulated devices."""
-    return make_mesh(MeshConfig(data, fsdp, expert), jax.devices()[: data * fsdp * expert])
+    return make_mesh(MeshConfig(data, fsdp, expert, tensor), jax.devices()[: data * fsdp * expert * tensor])
 
 
 def batch(cfg: RunConfig = RUN, seed: int = 0) -> dict[str, np.ndarray]:
