@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -54,12 +56,13 @@ class MoE(Module):
         y_BTD = y_ND.reshape(B, T, D)
         if self.cfg.n_shared_experts:
             y_BTD = y_BTD + MLP(self.cfg, "M", name="shared")(x_BTD)
-        return y_BTD, routing.replace(dropped=dropped)
+        return y_BTD, dataclasses.replace(routing, dropped=dropped)
 
 
 def _without_padding(choice: Choice, mask_N: Array) -> Choice:
     """Padding has no experts: it is neither sent nor does it take a real token's place in a fixed capacity."""
-    return choice.replace(
+    return dataclasses.replace(
+        choice,
         experts_NK=jnp.where(mask_N[:, None], choice.experts_NK, -1),
         weights_NK=jnp.where(mask_N[:, None], choice.weights_NK, 0.0),
     )

@@ -86,6 +86,16 @@ _gather.defvjp(_gather_forward, _gather_backward)
 _scatter.defvjp(_scatter_forward, _scatter_backward)
 
 
+def _pack(numbers_MK: Array, weights_MK: Array) -> Array:
+    """One float32 array, so one collective, of choices and weights; numbers below 2^24 are exact."""
+    return jnp.concatenate([numbers_MK.astype(jnp.float32), weights_MK], axis=1)
+
+
+def _unpack(packed: Array) -> tuple[Array, Array]:
+    numbers_MK, weights_MK = jnp.split(packed, 2, axis=1)
+    return numbers_MK.astype(jnp.int32), weights_MK
+
+
 def gathered(
     x_ND: Array, experts_NK: Array, weights_NK: Array, compute: Compute, *, axis: str, size: int, experts: int
 ) -> Array:
@@ -95,12 +105,11 @@ def gathered(
       experts: on one device.
     """
     N, K = experts_NK.shape
-    local_MK = lax.all_gather(experts_NK, axis, tiled=True) - lax.axis_index(axis) * experts
+    experts_MK, weights_MK = _unpack(_gather(_pack(experts_NK, weights_NK), axis))
+    local_MK = experts_MK - lax.axis_index(axis) * experts
     local_MK = jnp.where((local_MK >= 0) & (local_MK < experts), local_MK, -1)
     rows = rounded(EXPERT_HEADROOM * N * K)
-    y_MD = local_experts(
-        _gather(x_ND, axis), local_MK, _gather(weights_NK, axis), compute, experts=experts, rows=rows
-    )
+    y_MD = local_experts(_gather(x_ND, axis), local_MK, weights_MK, compute, experts=experts, rows=rows)
     return _scatter(y_MD, axis, x_ND.dtype)
 
 
@@ -208,13 +217,9 @@ def exchanged(
         local_RK = experts_NK.at[token_R].get(mode="fill", fill_value=-1) - offset_R[:, None]
         # Shifted by one, so that the zeros of rows without a token mean "not there".
         shifted_RK = jnp.where((local_RK >= 0) & (local_RK < experts), local_RK + 1, 0)
+        came_RK, weights_RK = _unpack(swap(_pack(shifted_RK, spread(weights_NK, at)), filled))
         y_RD = local_experts(
-            swap(spread(x_ND, at), filled),
-            swap(shifted_RK, filled) - 1,
-            swap(spread(weights_NK, at), filled),
-            compute,
-            experts=experts,
-            rows=rows_here,
+            swap(spread(x_ND, at), filled), came_RK - 1, weights_RK, compute, experts=experts, rows=rows_here
         )
         # The blocks that came are the blocks that go back: what was received is what is filled now.
         back = lax.all_to_all(filled, axis, 0, 0, tiled=True)
