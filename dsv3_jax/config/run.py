@@ -189,7 +189,7 @@ class MoEConfig:
     dispatch: Literal["auto", "gather", "all_to_all", "ragged_all_to_all"] = "auto"
     """gather: all tokens to every device of the expert axis. all_to_all: each token to the devices that hold its
     experts. ragged_all_to_all: the same without padding, GPUs only. auto: by shape, logged."""
-    chunk: int = 8192
+    chunk: int = 4096
     """Tokens a device sends at a time, which bounds the buffers; 0: all at once."""
     capacity_factor: float = 0.0
     """0: no token is ever dropped. Above 0: a fixed capacity of all_to_all in multiples of the mean; what exceeds it is

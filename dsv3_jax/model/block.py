@@ -15,6 +15,7 @@ from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.module import Array, Module
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.router import Routing
+from dsv3_jax.parallel.dispatch import Dispatch
 
 Remat = Literal["none", "latents", "full"]
 
@@ -27,6 +28,7 @@ class Block(Module):
 
     kind: Literal["dense", "moe"] = "moe"
     form: Form = "expanded"
+    dispatch: Dispatch | None = None
 
     @nn.compact
     def __call__(
@@ -43,7 +45,7 @@ class Block(Module):
         if self.kind == "dense":
             y = MLP(self.cfg, "I", name="mlp")(normed)
         else:
-            y, routing = MoE(self.cfg, name="mlp")(normed, ctx.token_mask_BT)
+            y, routing = MoE(self.cfg, self.dispatch, name="mlp")(normed, ctx.token_mask_BT)
         return (x + y, cache), routing
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,43 +11,62 @@ from flax import linen as nn
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.module import Array, Module, grouped_matmul
 from dsv3_jax.model.router import Choice, Router, Routing
+from dsv3_jax.parallel.dispatch import Dispatch, dispatch_experts
 from dsv3_jax.parallel.leaves import entering, leaving
 
 
 class RoutedExperts(Module):
-    """The experts' weights and their dropless evaluation: sort by expert, grouped matmul, weighted sum."""
+    """The experts' weights (of this device) and their evaluation; where tokens go is the dispatch's."""
+
+    dispatch: Dispatch | None = None
 
     @nn.compact
-    def __call__(self, x_ND: Array, choice: Choice) -> Array:
-        """[N, D] and the router's choice -> [N, D]; the weighted sum is float32."""
-        cfg = self.cfg
-        N, K = choice.experts_NK.shape
+    def __call__(self, x_ND: Array, choice: Choice) -> tuple[Array, Array]:
+        """[N, D] and the router's choice -> [N, D], a float32 weighted sum inside, and the number of dropped pairs."""
         gate_up, down = self.weight("gate_up", "EPFD"), self.weight("down", "EDF")
         # Where widths are cut over an axis, each device adds up its part of every expert's output.
         x_ND, weights_NK = entering(x_ND, gate_up), entering(choice.weights_NK, gate_up)
 
-        expert_of_pair = choice.experts_NK.reshape(-1)
-        order = jnp.argsort(expert_of_pair, stable=True)
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(N * K, dtype=order.dtype), unique_indices=True)
-        group_sizes_E = jnp.bincount(expert_of_pair, length=cfg.n_routed_experts).astype(jnp.int32)
+        def compute(rows_RD: Array, group_sizes_E: Array) -> Array:
+            hidden = grouped_matmul(rows_RD, gate_up, group_sizes_E)
+            gate, up = jnp.split(hidden, 2, axis=-1)
+            return grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes_E)
 
-        hidden = grouped_matmul(x_ND[order // K], gate_up, group_sizes_E)
-        gate, up = jnp.split(hidden, 2, axis=-1)
-        y = grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes_E)
-        # Gather back and add over K in the order of choice, so that a token's sum does not depend on the others.
-        y_NKD = y[place].reshape(N, K, -1).astype(jnp.float32)
-        return leaving(jnp.sum(y_NKD * weights_NK[:, :, None], axis=1).astype(x_ND.dtype), down)
+        y_ND, dropped = dispatch_experts(
+            x_ND,
+            choice.experts_NK,
+            weights_NK,
+            compute,
+            dispatch=self.dispatch,
+            num_experts=self.cfg.n_routed_experts,
+        )
+        return leaving(y_ND, down), dropped
 
 
 class MoE(Module):
     """Router, routed experts, shared experts."""
+
+    dispatch: Dispatch | None = None
 
     @nn.compact
     def __call__(self, x_BTD: Array, token_mask_BT: Array) -> tuple[Array, Routing]:
         """[B, T, D] -> [B, T, D] and the measured routing."""
         choice, routing = Router(self.cfg, name="router")(x_BTD, token_mask_BT)
         B, T, D = x_BTD.shape
-        y_BTD = RoutedExperts(self.cfg, name="experts")(x_BTD.reshape(B * T, D), choice).reshape(B, T, D)
+        if self.dispatch is not None and self.dispatch.size > 1:
+            choice = _without_padding(choice, token_mask_BT.reshape(B * T))
+        experts = RoutedExperts(self.cfg, self.dispatch, name="experts")
+        y_ND, dropped = experts(x_BTD.reshape(B * T, D), choice)
+        y_BTD = y_ND.reshape(B, T, D)
         if self.cfg.n_shared_experts:
             y_BTD = y_BTD + MLP(self.cfg, "M", name="shared")(x_BTD)
-        return y_BTD, routing
+        return y_BTD, dataclasses.replace(routing, dropped=dropped)
+
+
+def _without_padding(choice: Choice, mask_N: Array) -> Choice:
+    """Padding has no experts: it is neither sent nor does it take a real token's place in a fixed capacity."""
+    return dataclasses.replace(
+        choice,
+        experts_NK=jnp.where(mask_N[:, None], choice.experts_NK, -1),
+        weights_NK=jnp.where(mask_N[:, None], choice.weights_NK, 0.0),
+    )

@@ -11,6 +11,7 @@ from dsv3_jax.model.cache import Cache
 from dsv3_jax.model.module import Array, Module, einsum, rows
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.router import Routing
+from dsv3_jax.parallel.dispatch import Dispatch
 
 
 class MTPLayer(Module):
@@ -18,6 +19,7 @@ class MTPLayer(Module):
 
     form: Form = "expanded"
     remat: Remat = "none"
+    dispatch: Dispatch | None = None
 
     @nn.compact
     def __call__(
@@ -45,7 +47,7 @@ class MTPLayer(Module):
         embedded = rms_norm(embedded, self.weight("embed_norm", "D"), cfg.rms_norm_eps)
         hidden = rms_norm(hidden, self.weight("hidden_norm", "D"), cfg.rms_norm_eps)
         x = einsum("BTX,DX->BTD", jnp.concatenate([embedded, hidden], axis=-1), self.weight("proj", "DX"))
-        block = rematerialised(Block, self.remat)(cfg, "moe", self.form, name="block")
+        block = rematerialised(Block, self.remat)(cfg, "moe", self.form, self.dispatch, name="block")
         (x, cache), routing = block((x, cache), depth, ctx)
         hidden = rms_norm(x, self.weight("norm", "D"), cfg.rms_norm_eps)
         return (hidden, cache), (hidden, routing)

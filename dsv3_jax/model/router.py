@@ -42,7 +42,7 @@ class Routing:
     balance_loss: Array
     """Sequence-wise balance loss, before its alpha (V3 report, eq. 17-20), mean over sequences."""
     dropped: Array
-    """Token-expert pairs not computed. Zero: every path is dropless."""
+    """Token-expert pairs not computed. Zero unless the dispatch has a fixed capacity."""
 
 
 def max_violation(counts: Array) -> Array:

@@ -15,6 +15,7 @@ from dsv3_jax.model.mtp import MTPLayer
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.rope import rope_tables
 from dsv3_jax.model.router import Routing
+from dsv3_jax.parallel.dispatch import Dispatch
 
 
 @struct.dataclass
@@ -42,15 +43,18 @@ class MTPOutput:
 
 
 class Transformer(Module):
-    """DeepSeek-V2/V3/V3.2. Written for one device; used functionally through `apply`.
+    """DeepSeek-V2/V3/V3.2. Written for one device's tokens; used functionally through `apply`.
 
     Attributes:
       form: "expanded" (training, prefill) or "absorbed" (decode over the cache).
       remat: what backward recomputes.
+      dispatch: how experts are spread over devices, inside a `shard_map` in which the experts' leaves hold this
+        device's experts; None: all are here.
     """
 
     form: Form = "expanded"
     remat: Remat = "none"
+    dispatch: Dispatch | None = None
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -59,7 +63,9 @@ class Transformer(Module):
                 cfg, "dense", self.form
             )
         if cfg.num_moe_layers:
-            self.moe = stack(rematerialised(Block, self.remat), cfg.num_moe_layers)(cfg, "moe", self.form)
+            self.moe = stack(rematerialised(Block, self.remat), cfg.num_moe_layers)(
+                cfg, "moe", self.form, self.dispatch
+            )
         if cfg.num_nextn_predict_layers:
             scanned = nn.scan(
                 MTPLayer,
@@ -68,7 +74,7 @@ class Transformer(Module):
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=cfg.num_nextn_predict_layers,
             )
-            self.mtp_layers = scanned(cfg, self.form, self.remat, name="mtp")
+            self.mtp_layers = scanned(cfg, self.form, self.remat, self.dispatch, name="mtp")
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from jax import lax
 
 from dsv3_jax.config import ModelConfig, TrainingConfig
 from dsv3_jax.model import Output, Routing, Transformer
+from dsv3_jax.parallel.dispatch import Dispatch
 from dsv3_jax.parallel.leaves import Sharded
 
 Array = jax.Array
@@ -222,6 +223,7 @@ def loss_fn(
     cfg: ModelConfig,
     training: TrainingConfig | None = None,
     totals: Totals | None = None,
+    dispatch: Dispatch | None = None,
 ) -> tuple[Array, Parts]:
     """The training loss of a (micro-)batch.
 
@@ -232,10 +234,11 @@ def loss_fn(
       params, router: the two collections of variables; only `params` is to be differentiated.
       batch: tokens_BT, targets_BT (-1: none), segments_BT (0: padding), positions_BT; int32.
       totals: of the global batch, by default of this one.
+      dispatch: how tokens reach experts on other devices; None: all are here.
     """
     training = training or TrainingConfig()
     totals = totals if totals is not None else count_totals(batch, cfg)
-    model = Transformer(cfg, remat=training.remat)
+    model = Transformer(cfg, remat=training.remat, dispatch=dispatch)
     main_head, mtp_head = _heads(cfg, params)
     ce, out = next_token_loss(model, params, router, batch, training.loss_chunk, main_head)
     ce = ce / jnp.maximum(totals.targets, 1.0)

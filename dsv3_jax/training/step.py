@@ -23,6 +23,7 @@ from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.model import Transformer, abstract_variables, init_variables, max_violation
 from dsv3_jax.parallel import BATCH_AXES
+from dsv3_jax.parallel.dispatch import Dispatch, make_dispatch
 from dsv3_jax.parallel.leaves import (
     compute_copies,
     placements,
@@ -63,6 +64,18 @@ def shards_of(mesh: jax.sharding.Mesh) -> int:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Where a batch [B, T] lives."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def dispatch_of(cfg: RunConfig, mesh: jax.sharding.Mesh) -> Dispatch | None:
+    """How tokens reach experts on this mesh. Raises ConfigError as `make_dispatch` does."""
+    return make_dispatch(
+        cfg.model,
+        mesh.shape["expert"],
+        backend=cfg.moe.dispatch,
+        chunk=cfg.moe.chunk,
+        capacity_factor=cfg.moe.capacity_factor,
+        platform=mesh.devices.flat[0].platform,
+    )
 
 
 def state_shardings(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:
@@ -121,8 +134,6 @@ def make_train_step(
     batch), skipped (1 when loss or gradient was not finite and the state was left as it was), maxvio (mean over
     expert layers), router_entropy (mean over layers and tokens, nats), dropped, expert_counts_LE.
     """
-    if mesh.shape["expert"] > 1:
-        raise ConfigError(f"mesh.expert is {mesh.shape['expert']}; expected 1: tokens do not travel yet")
     parts, accumulate = shards_of(mesh), cfg.training.accumulate
     if cfg.training.batch_size % (parts * accumulate):
         raise ConfigError(
@@ -132,8 +143,9 @@ def make_train_step(
     where = state_shardings(cfg, mesh)
     specs = jax.tree.map(lambda sharding: sharding.spec, where.params)
     placed = placements(abstract_variables(cfg.model), mesh)["params"]
+    dispatch = dispatch_of(cfg, mesh)
     gradients = jax.shard_map(
-        lambda params, router, batch: _shard_gradients(cfg, placed, params, router, batch),
+        lambda params, router, batch: _shard_gradients(cfg, placed, dispatch, params, router, batch),
         mesh=mesh,
         in_specs=(specs, P(), P(BATCH_AXES)),
         out_specs=(specs, P(), P(), P()),
@@ -173,7 +185,7 @@ def make_train_step(
 
 
 def _shard_gradients(
-    cfg: RunConfig, placed: Any, params: Any, router: Any, batch: Batch
+    cfg: RunConfig, placed: Any, dispatch: Dispatch | None, params: Any, router: Any, batch: Batch
 ) -> tuple[Any, Array, Parts, Totals]:
     """This device's part of the gradients of the global batch; loss and sums of that batch."""
     totals = lax.psum(count_totals(batch, cfg.model), BATCH_AXES)
@@ -182,7 +194,7 @@ def _shard_gradients(
 
     def one(micro: Batch) -> tuple[tuple[Array, Parts], Any]:
         return jax.value_and_grad(loss_fn, has_aux=True)(
-            weights, router, micro, cfg.model, cfg.training, totals
+            weights, router, micro, cfg.model, cfg.training, totals, dispatch
         )
 
     if n == 1:
@@ -236,9 +248,12 @@ def make_eval_step(
     placed = placements(abstract, mesh)["params"]
     specs = jax.tree.map(lambda sharding: sharding.spec, storage_shardings(abstract, mesh)["params"])
 
+    dispatch = dispatch_of(cfg, mesh)
+
     def shard(params: Any, router: Any, batch: Batch) -> tuple[Array, Array]:
         weights = compute_copies(params, placed, cfg.model.dtype)
-        loss, _ = next_token_loss(Transformer(cfg.model), weights, router, batch, cfg.training.loss_chunk)
+        model = Transformer(cfg.model, dispatch=dispatch)
+        loss, _ = next_token_loss(model, weights, router, batch, cfg.training.loss_chunk)
         return lax.psum((loss, jnp.sum(batch["targets_BT"] >= 0, dtype=jnp.int32)), BATCH_AXES)
 
     return jax.shard_map(
