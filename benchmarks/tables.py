@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,24 @@ def experts_table() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"cpu": cpu_table, "experts": experts_table}
+def compile_time_table() -> str:
+    """Seconds to compile the train step as layers grow."""
+    result = _load("compile_time")
+    lines = ["| layers | lowering | compiling | of the first row |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        lower, compile_ = statistics.median(row["lower_s"]), statistics.median(row["compile_s"])
+        lines.append(f"| {row['layers']} | {lower:.1f} s | {compile_:.1f} s | {row['relative']:.2f}× |")
+    where = _where(result)
+    return "\n".join(
+        [*lines, "", f"Medians of {result['rounds']} rounds in turn; target ≤ {result['target']}×. {where}"]
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu": cpu_table,
+    "experts": experts_table,
+    "compile_time": compile_time_table,
+}
 
 
 def main() -> int:
