@@ -380,6 +380,7 @@ def moe_gradients(how: Dispatch | None, variables: dict, x: jax.Array):
 
 def test_padding_is_not_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
     """So it takes no real token's place in a fixed capacity and is not counted as dropped."""
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), moe_shapes())
     seen = []
 
     def record(x_ND, experts_NK, weights_NK, compute, **how):
@@ -387,7 +388,6 @@ def test_padding_is_not_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
         return x_ND, jnp.float32(7)
 
     monkeypatch.setattr("dsv3_jax.model.experts.dispatch_experts", record)
-    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), moe_shapes())
     real = np.array([[True, False, True, False]])
     _, routing = MoE(MOE, Dispatch(size=2)).apply(variables, jnp.ones((1, 4, 24)), real)
     experts, weights = seen
