@@ -87,7 +87,8 @@ def dense(batch: Case) -> tuple[jax.Array, ...]:
 def expert_layer(up: jax.Array, down: jax.Array, rows: jax.Array, sizes: jax.Array) -> jax.Array:
     """The same layer on rows sorted by expert."""
     expert = jnp.sum(jnp.arange(rows.shape[0])[:, None] >= jnp.cumsum(sizes)[None, :], axis=1)
-    own = jax.nn.one_hot(expert, up.shape[0], dtype=jnp.float32)
+    own = jax.nn.one_hot(expert, up.shape[0], dtype=rows.dtype)
+    up, down = up.astype(rows.dtype), down.astype(rows.dtype)
     product = functools.partial(jnp.einsum, precision="highest")
     hidden = jnp.tanh(product("RE,EFD,RD->RF", own, up, rows))
     return product("RE,EDF,RF->RD", own, down, hidden)
@@ -123,7 +124,7 @@ def compile_with_stand_in(function, *arguments):
 
 
 @functools.cache
-def layer_on(data: int, how: Dispatch, experts: int = EXPERTS):
+def layer_on(data: int, how: Dispatch, experts: int = EXPERTS, dtype: str = "float32"):
     """(Case) -> y, the four gradients, dropped of every device; one program for all cases."""
 
     def device(batch: Case):
@@ -144,7 +145,9 @@ def layer_on(data: int, how: Dispatch, experts: int = EXPERTS):
         out_specs=(tokens, tokens, tokens, shard, shard, tokens),
         check_vma=False,
     )
-    return compile_with_stand_in(sharded, case("random", experts))
+    batch = case("random", experts)
+    halves = {name: getattr(batch, name).astype(dtype) for name in ("x", "cotangent")}
+    return compile_with_stand_in(sharded, batch._replace(**halves))
 
 
 def assert_dense(outputs: tuple[jax.Array, ...], batch: Case) -> None:
@@ -183,11 +186,24 @@ def test_chunks_beside_a_data_axis_are_the_dense_layer(backend: str) -> None:
         assert_dense(run(batch), batch)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["gather", "all_to_all"])
 def test_one_expert_a_device_is_the_dense_layer(backend: str) -> None:
     run = layer_on(1, Dispatch(size=8, backend=backend, platform="gpu"), experts=8)
     for kind in KINDS:
         assert_dense(run(case(kind, experts=8)), case(kind, experts=8))
+
+
+@pytest.mark.parametrize("backend", ["gather", "all_to_all"])
+def test_bfloat16_tokens_stay_bfloat16(backend: str) -> None:
+    """y and dx in the tokens' type, weights' gradients in float32; within bfloat16's rounding of the dense layer."""
+    batch = case("hot")
+    half = batch._replace(x=batch.x.astype(jnp.bfloat16), cotangent=batch.cotangent.astype(jnp.bfloat16))
+    y, dx, dweights, dup, _, _ = layer_on(1, Dispatch(size=8, backend=backend), dtype="bfloat16")(half)
+    assert [z.dtype for z in (y, dx, dweights, dup)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32]
+    for one, other in zip((y, dx, dweights, dup), dense(batch), strict=False):
+        np.testing.assert_allclose(
+            np.asarray(one, np.float32), other, rtol=0, atol=0.02 * np.abs(other).max()
+        )
 
 
 @functools.cache
