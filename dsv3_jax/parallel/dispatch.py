@@ -24,7 +24,8 @@ from jax import lax
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.parallel.exchange import Compute, exchanged, gathered, swap_padded, swap_ragged
+from dsv3_jax.parallel.exchange import Compute, exchanged, gathered
+from dsv3_jax.parallel.swap import swap_padded, swap_ragged
 
 Array = jax.Array
 Backend = Literal["auto", "gather", "all_to_all", "ragged_all_to_all"]

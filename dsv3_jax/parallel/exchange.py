@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.parallel.pairs import Pairs, add_up, blocks, int32, sort_pairs, spread, window
-from dsv3_jax.parallel.repeat import sum_over
+from dsv3_jax.parallel.pairs import Pairs, add_up, blocks, sort_pairs, spread, window
+from dsv3_jax.parallel.repeat import int32, sum_over
+from dsv3_jax.parallel.swap import Swap
 
 Array = jax.Array
 Compute = Callable[[Array, Array], Array]
-"""(rows [R, D] sorted by local expert, int32 group sizes [e]) -> [R, D]; rows after the last group do not matter."""
+"""(rows [R, D] sorted by local expert, int32 group sizes [e]) -> [R, D]; rows after the last group do not matter.
+
+It is called as often as this device's tokens need: collectives in it may only go over axes along which the tokens are
+the same (tensor).
+"""
 
 # Rows of the experts' buffer over the mean, and of a peer's block over the most that even routing fills.
 EXPERT_HEADROOM = 2.0
@@ -113,59 +118,6 @@ def gathered(
     return _scatter(y_MD, axis, x_ND.dtype)
 
 
-Swap = Callable[[Array, Array], Array]
-"""(rows in blocks, one a peer [size * C, ...]; int32 filled rows of each block) -> the blocks that peers sent."""
-
-
-def swap_padded(rows: Array, filled: Array, *, axis: str) -> Array:
-    """Whole blocks; what is not filled travels as zeros."""
-    return lax.all_to_all(rows, axis, 0, 0, tiled=True)
-
-
-def swap_ragged(
-    rows: Array, filled: Array, *, axis: str, primitive: Callable = lax.ragged_all_to_all
-) -> Array:
-    """Only the filled rows; the rest of the received blocks is zero.
-
-    Args:
-      primitive: `jax.lax.ragged_all_to_all` or a stand-in where that is not implemented.
-    """
-    received = lax.all_to_all(filled, axis, 0, 0, tiled=True)
-    return _ragged(rows, filled, received, axis, primitive)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _ragged(rows: Array, sent: Array, received: Array, axis: str, primitive: Callable) -> Array:
-    """Both sides keep block p for peer p, so every offset is a multiple of the capacity."""
-    size = sent.shape[0]
-    capacity = rows.shape[0] // size
-    return primitive(
-        rows,
-        jnp.zeros_like(rows),
-        jnp.arange(size, dtype=jnp.int32) * capacity,  # where the rows for peer p begin here
-        sent,
-        jnp.full(size, lax.axis_index(axis) * capacity, jnp.int32),  # and where they go at peer p
-        received,
-        axis_name=axis,
-    )
-
-
-def _ragged_forward(
-    rows: Array, sent: Array, received: Array, axis: str, primitive: Callable
-) -> tuple[Array, tuple[Array, Array]]:
-    return _ragged(rows, sent, received, axis, primitive), (sent, received)
-
-
-def _ragged_backward(
-    axis: str, primitive: Callable, saved: tuple[Array, Array], g: Array
-) -> tuple[Array, None, None]:
-    sent, received = saved
-    return _ragged(g, received, sent, axis, primitive), None, None
-
-
-_ragged.defvjp(_ragged_forward, _ragged_backward)
-
-
 def first_of_peer(peer_NK: Array) -> Array:
     """The peers of each token once: peer_NK with -1 where an earlier choice of the token names the same peer."""
     same_NKK = peer_NK[:, :, None] == peer_NK[:, None, :]
@@ -184,7 +136,7 @@ def exchanged(
     experts: int,
     fan_out: int,
     capacity_factor: float,
-    swap: Callable[..., Array],
+    swap: Swap,
 ) -> tuple[Array, Array]:
     """[N, D] and this device's dropped pairs (float32): a token goes once to each peer that holds any of its experts.
 
@@ -206,7 +158,6 @@ def exchanged(
     even = N * min(K, fan_out, size) / size
     capacity = min(N, rounded((capacity_factor or PEER_HEADROOM) * even))
     rows_here = rounded(EXPERT_HEADROOM * N * K)
-    swap = functools.partial(swap, axis=axis)
 
     def visit(
         r: Array, x_ND: Array, weights_NK: Array, experts_NK: Array, group_NK: Array, *pairs: Array
@@ -217,13 +168,14 @@ def exchanged(
         local_RK = experts_NK.at[token_R].get(mode="fill", fill_value=-1) - offset_R[:, None]
         # Shifted by one, so that the zeros of rows without a token mean "not there".
         shifted_RK = jnp.where((local_RK >= 0) & (local_RK < experts), local_RK + 1, 0)
-        came_RK, weights_RK = _unpack(swap(_pack(shifted_RK, spread(weights_NK, at)), filled))
+        received = lax.all_to_all(filled, axis, 0, 0, tiled=True)
+        there = functools.partial(swap, sent=filled, received=received, axis=axis)
+        back = functools.partial(swap, sent=received, received=filled, axis=axis)
+        came_RK, weights_RK = _unpack(there(_pack(shifted_RK, spread(weights_NK, at))))
         y_RD = local_experts(
-            swap(spread(x_ND, at), filled), came_RK - 1, weights_RK, compute, experts=experts, rows=rows_here
+            there(spread(x_ND, at)), came_RK - 1, weights_RK, compute, experts=experts, rows=rows_here
         )
-        # The blocks that came are the blocks that go back: what was received is what is filled now.
-        back = lax.all_to_all(filled, axis, 0, 0, tiled=True)
-        return add_up(swap(y_RD.astype(x_ND.dtype), back), jnp.ones((N, K), jnp.float32), at)
+        return add_up(back(y_RD.astype(x_ND.dtype)), jnp.ones((N, K), jnp.float32), at)
 
     operands = (x_ND, weights_NK, experts_NK, group_NK, *pairs)
     if capacity_factor:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 Array = jax.Array
 
@@ -128,8 +127,3 @@ def _add_up_backward(saved: tuple[Array, Array, Rows], g_MD: Array) -> tuple[Arr
 
 
 add_up.defvjp(_add_up_forward, _add_up_backward)
-
-
-def int32(value: int) -> Array:
-    """A traced constant: loops count in int32."""
-    return lax.convert_element_type(value, jnp.int32)

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.parallel.pairs import int32
-
 Array = jax.Array
+
+
+def int32(value: int) -> Array:
+    """A constant to count with."""
+    return jnp.asarray(value, jnp.int32)
 
 
 def sum_over(visit: Callable[..., Array], count: Array, most: int, *operands: Array) -> Array:
