@@ -92,6 +92,8 @@ def _join(member: Member, cfg: DistributedConfig) -> None:
         host, _, port = member.coordinator.rpartition(":")
         if host in ("127.0.0.1", "localhost"):
             bind = f"127.0.0.1:{port}"  # JAX itself would listen on every network
+        if member.index == 0:
+            _check_port("127.0.0.1" if bind else "", int(port), member)
     try:
         jax.distributed.initialize(
             member.coordinator,
@@ -107,7 +109,7 @@ def _join(member: Member, cfg: DistributedConfig) -> None:
         where = f" at {member.coordinator}" if member.coordinator else ""
         raise ConfigError(
             f"{member} ({member.source}) cannot join the others{where}: {error}; expected process 0 to be able to "
-            "listen there, on a free port, and all others to reach it"
+            "listen there and all others to reach it"
         ) from None
     index, count = jax.process_index(), jax.process_count()
     devices = ", ".join(map(str, jax.local_devices()))
@@ -116,6 +118,19 @@ def _join(member: Member, cfg: DistributedConfig) -> None:
         "devices",
         flush=True,
     )
+
+
+def _check_port(host: str, port: int, member: Member) -> None:
+    """Raises ConfigError when process 0 cannot listen on its port: there JAX may fail by a segmentation fault."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{member} ({member.source}) cannot listen on port {port}: {error.strerror}; expected a port that is "
+                "free on its host (distributed.coordinator_address)"
+            ) from None
 
 
 def _choose_collectives() -> None:

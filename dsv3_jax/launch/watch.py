@@ -69,14 +69,15 @@ class Child:
 
     def _copy(self, source: IO[bytes], target: BinaryIO) -> None:
         label = self.command.label.encode()
-        for line in source:
-            if _ABORT in line:
-                self.aborted = True
-            if self.aborted and _NEVER_CAME in line:
-                self.never_joined = True
-            with _output:
-                target.write(label + line if line.endswith(b"\n") else label + line + b"\n")
-                target.flush()
+        with source:
+            for line in source:
+                if _ABORT in line:
+                    self.aborted = True
+                if self.aborted and _NEVER_CAME in line:
+                    self.never_joined = True
+                with _output:
+                    target.write(label + line if line.endswith(b"\n") else label + line + b"\n")
+                    target.flush()
 
     @property
     def code(self) -> int:
@@ -173,8 +174,9 @@ def _until_all_ended(exits: queue.Queue[Child], running: int, children: Sequence
         if child.code:
             failed.append(child)
     first = next((child for child in failed if child.code != LOST), failed[0])
-    others = f"; stopping {running} other{'s' if running > 1 else ''}" if running else ""
-    _say(f"error: {first.command.name} {first.how()}{others}")
+    message = f"error: {first.command.name} {first.how()}"
+    stopped = running
+    _say(f"{message}; stopping {stopped} other{'s' if stopped > 1 else ''}" if stopped else message)
     for child in children:
         child.send(signal.SIGTERM)
     deadline = time.monotonic() + grace
@@ -186,6 +188,8 @@ def _until_all_ended(exits: queue.Queue[Child], running: int, children: Sequence
             for child in children:
                 child.send(signal.SIGKILL)
             deadline = time.monotonic() + grace
+    if stopped:
+        _say(message)  # again below whatever the others had to say
     return first.code
 
 
