@@ -1,22 +1,33 @@
 """Train a model: `python train.py --config configs/tiny.yaml [--run.dir DIR] [--section.key VALUE ...]`.
 
-Started again on the same folder it resumes. `--help` lists every key.
+Started again on the same folder it resumes. `--help` lists every key. On many hosts the same command is started on
+each of them (docs/training.md); `--launch local:N` starts N processes on this machine.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from dsv3_jax.cli import parse_run_config
 from dsv3_jax.errors import run_main
+from dsv3_jax.launch import detect, joined, local_commands, supervised_command, take_launch, watch
+from dsv3_jax.launch.local import SUPERVISED
 
 
 def main() -> int:
     """Parse, build, run; the exit code."""
-    cfg = parse_run_config(sys.argv[1:])
-    from dsv3_jax.training.trainer import train  # after parsing: a wrong flag is told without waiting for JAX
+    arguments, processes = take_launch(sys.argv[1:])
+    cfg = parse_run_config(arguments)
+    if processes is not None:
+        return watch(local_commands(__file__, arguments, processes, os.environ))
+    member = detect(cfg.distributed, os.environ)
+    if member is not None and SUPERVISED not in os.environ:
+        return watch([supervised_command(__file__, arguments, member, os.environ)])
+    with joined(member, cfg.distributed):
+        from dsv3_jax.training.trainer import train  # late: a wrong flag is told without waiting for JAX
 
-    return train(cfg)
+        return train(cfg)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dsv3_jax.config import RunConfig, RunSection, TrainingConfig, from_mapping,
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.hf.any_config import load_model_config
 
-USAGE = "python train.py --config FILE [--run.dir DIR] [--section.key VALUE ...]"
+USAGE = "python train.py --config FILE [--run.dir DIR] [--launch local:N] [--section.key VALUE ...]"
 
 
 def load_run_config(path: str | Path) -> RunConfig:

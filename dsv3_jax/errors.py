@@ -1,7 +1,8 @@
 """User-facing errors and the exit codes of every command.
 
 0 done; 1 a bug (traceback); 2 flags, config, unknown architecture, existing output; 65 content of data,
-checkpoints or input lines; 74 storage. No failure exits 0.
+checkpoints or input lines; 74 storage; 75 no progress, or another process of the run was lost; 76 training not finite.
+No failure exits 0.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EFBIG}
+
+
+LOST = 75  # exit code of a hang and of a process whose peers are gone: starting again may help
 
 
 class UserError(ValueError):
@@ -53,24 +57,35 @@ def storage_error(error: BaseException) -> OSError | None:
     return None
 
 
+def tell(error: BaseException, who: str = "") -> int | None:
+    """Say on stderr in one line what ended a command; the exit code, or None for a bug, which is left to be shown.
+
+    Args:
+      who: put before the message, where several processes write to one terminal.
+    """
+    if isinstance(error, UserError):
+        print(f"error: {who}{error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{who}interrupted", file=sys.stderr)
+        return 130
+    if (storage := storage_error(error)) is not None:
+        print(
+            f"error: {who}storage: {storage.strerror or storage} ({storage.filename or 'while writing'})",
+            file=sys.stderr,
+        )
+        return StorageError.exit_code
+    return None
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and turn its outcome into an exit code and one clear line on stderr."""
     try:
         code = main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        storage = storage_error(error)
-        if storage is None:
+    except (Exception, KeyboardInterrupt) as error:
+        told = tell(error)
+        if told is None:
             raise
-        print(
-            f"error: storage: {storage.strerror or storage} ({storage.filename or 'while writing'})",
-            file=sys.stderr,
-        )
-        code = StorageError.exit_code
+        code = told
     sys.stdout.flush()
     sys.exit(code)

@@ -46,9 +46,16 @@ class _OnlyNews(logging.Filter):
 @contextlib.contextmanager
 def _orbax() -> Iterator[Any]:
     """Orbax's v1 module inside the context that writes this layout."""
+    import jax
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
+    if (
+        jax.distributed.is_initialized()
+    ):  # each process for itself: what they do together is decided by the caller
+        own = jax.process_index()
+        context.multiprocessing.primary_host, context.multiprocessing.active_processes = own, {own}
+        context.multiprocessing.barrier_sync_key_prefix = f"process{own}"
     saving = context.array.saving
     saving.use_ocdbt = False
     saving.use_zarr3 = True
@@ -58,10 +65,28 @@ def _orbax() -> Iterator[Any]:
     logger, only_news = logging.getLogger("absl"), _OnlyNews()
     logger.addFilter(only_news)
     try:
-        with context:
+        with context, _alone():
             yield ocp
     finally:
         logger.removeFilter(only_news)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Orbax compares a save's path among all processes, even where only one of them saves: not here."""
+    import jax
+
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    from orbax.checkpoint.experimental.v1._src.saving import execution
+
+    compare = execution._check_directory_consistency
+    execution._check_directory_consistency = lambda directory: None
+    try:
+        yield
+    finally:
+        execution._check_directory_consistency = compare
 
 
 def tree_paths(tree: Any) -> dict[str, Any]:
@@ -80,9 +105,8 @@ def write_skeleton(item: Path, tree: Any, chunks: Mapping[str, tuple[int, ...]])
       chunks: chunk shape by leaf path.
     """
     import jax
-    import jax.numpy as jnp
 
-    one_element = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), tree)
+    one_element = jax.tree.map(lambda leaf: _one_element(np.dtype(leaf.dtype)), tree)
     with _orbax() as ocp:
         ocp.save(item, one_element)
     for path, leaf in tree_paths(tree).items():
@@ -92,6 +116,18 @@ def write_skeleton(item: Path, tree: Any, chunks: Mapping[str, tuple[int, ...]])
         (folder / "c").unlink()  # the one element
         text = zarr_metadata(tuple(leaf.shape), chunks[path], np.dtype(leaf.dtype))
         (folder / "zarr.json").write_text(text, encoding="utf-8")
+
+
+def _one_element(dtype: np.dtype) -> Any:
+    """A zero on the device; among several processes one that lies on the devices of all, as Orbax asks for."""
+    import jax
+    import jax.numpy as jnp
+
+    if not jax.distributed.is_initialized():
+        return jnp.zeros((), dtype)
+    everywhere = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+    replicated = jax.sharding.NamedSharding(everywhere, jax.sharding.PartitionSpec())
+    return jax.make_array_from_callback((), replicated, lambda _: np.zeros((), dtype))
 
 
 def skeleton_is_whole(item: Path, leaves: Mapping[str, Any], chunks: Mapping[str, tuple[int, ...]]) -> bool:

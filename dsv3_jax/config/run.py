@@ -66,11 +66,19 @@ class TrainingConfig:
     eval_every: int = 0
     """Steps between evaluations on held-out data; 0 evaluates at the end only."""
     eval_batches: int = 8
+    watchdog_minutes: float = 30.0
+    """Minutes without a finished step after which the process prints its stacks and ends with exit code 75; 0 never."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "loss_chunk", "eval_batches"):
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
-        for name in ("mtp_loss_weight", "balance_update_rate", "balance_loss_alpha", "eval_every"):
+        for name in (
+            "mtp_loss_weight",
+            "balance_update_rate",
+            "balance_loss_alpha",
+            "eval_every",
+            "watchdog_minutes",
+        ):
             _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
         _require(
             self.batch_size % self.accumulate == 0,
@@ -209,6 +217,43 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run on many hosts. Where a run happens is no part of what it is: a restart may differ."""
+
+    cluster: Literal["auto", "none", "flags", "mpi", "slurm", "kubernetes"] = "auto"
+    """Where the three values below come from when they are not given: auto looks for all, none runs one process."""
+    coordinator_address: str | None = None
+    """host:port on which process 0 listens; every process must be able to reach it."""
+    num_processes: int | None = None
+    """Processes in all."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    heartbeat_timeout_seconds: int = 10
+    """Silence after which a process counts as dead and all others end."""
+    initialization_timeout_seconds: int = 300
+    """How long a process waits at the start until all have come."""
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_timeout_seconds", "initialization_timeout_seconds"):
+            _require(getattr(self, name) >= 1, f"distributed.{name}", getattr(self, name), "1 or more")
+        host, _, port = (self.coordinator_address or "host:1").rpartition(":")
+        _require(
+            bool(host) and port.isdecimal() and 0 < int(port) < 65536,
+            "distributed.coordinator_address",
+            self.coordinator_address,
+            "host:port, such as node1:5557",
+        )
+        count = self.num_processes
+        _require(count is None or count >= 1, "distributed.num_processes", count, "1 or more")
+        _require(
+            self.process_id is None or 0 <= self.process_id < (count or self.process_id + 1),
+            "distributed.process_id",
+            self.process_id,
+            "0 or more" if count is None else f"0 to {count - 1}, as distributed.num_processes is {count}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything a training run needs; saved resolved as config.yaml in the run folder."""
 
@@ -222,6 +267,7 @@ class RunConfig:
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:

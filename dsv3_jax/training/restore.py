@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from dsv3_jax.checkpoint import (
     latest_step,
@@ -25,6 +27,7 @@ from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
 from dsv3_jax.model import abstract_variables, init_variables
+from dsv3_jax.parallel import barrier, from_first, processes
 from dsv3_jax.training.run_folder import HF, TOKENIZER
 from dsv3_jax.training.step import State, abstract_state
 
@@ -33,9 +36,35 @@ Say = Callable[[str], None]
 
 
 def save_step(run: Path, cfg: RunConfig, state: State, train_state: dict[str, Any]) -> Path:
-    """Commit checkpoints/<step>, then drop the oldest beyond `checkpoint.keep`."""
+    """Commit checkpoints/<step>, then drop the oldest beyond `checkpoint.keep`.
+
+    Of several processes the first writes; the others take part in gathering the state and wait.
+    """
     step = int(state.step)
     folder = step_folder(run, step)
+    state = _gathered(state)
+    if processes().first:
+        _write_step(run, folder, cfg, step, state, train_state)
+    barrier("saved")
+    return folder
+
+
+def _gathered(state: State) -> State:
+    """The state where one process can read all of it."""
+    if processes().count == 1:
+        return state
+
+    def whole(leaf: jax.Array) -> Any:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, state)
+
+
+def _write_step(
+    run: Path, folder: Path, cfg: RunConfig, step: int, state: State, train_state: dict[str, Any]
+) -> None:
     save_checkpoint(
         folder,
         cfg.model,
@@ -49,7 +78,6 @@ def save_step(run: Path, cfg: RunConfig, state: State, train_state: dict[str, An
     if cfg.checkpoint.keep:
         for old in steps_of(run)[: -cfg.checkpoint.keep]:
             _remove(step_folder(run, old))
-    return folder
 
 
 def _remove(folder: Path) -> None:
@@ -66,20 +94,9 @@ def restore_step(
 
     Every byte is compared with the manifest. A bad newer step is renamed to N.corrupt, and that is said.
     """
-    checkpoints = run / "checkpoints"
-    if not checkpoints.is_dir():
-        return None
-    remove_leftovers(checkpoints)
-    step, bad = latest_step(run, hashes=True)
-    for number, problems in bad.items():
-        aside = set_aside(step_folder(run, number))
-        say(f"WARNING: checkpoint {number} is damaged and set aside as {aside.name}: {problems[0]}")
+    step = from_first("restore", lambda: _newest_good(run, say))
     if step is None:
-        if bad:
-            say("WARNING: no good checkpoint is left; the run begins again at step 1")
         return None
-    if bad:
-        say(f"WARNING: going back to the checkpoint of step {step}")
     want = abstract_state(cfg, mesh)
     loaded = load_checkpoint(
         step_folder(run, step),
@@ -95,6 +112,23 @@ def restore_step(
         optax.tree_utils.tree_set(want.opt_state, **loaded.optimizer),
     )
     return state, loaded.train_state
+
+
+def _newest_good(run: Path, say: Say) -> int | None:
+    checkpoints = run / "checkpoints"
+    if not checkpoints.is_dir():
+        return None
+    remove_leftovers(checkpoints)
+    step, bad = latest_step(run, hashes=True)
+    for number, problems in bad.items():
+        aside = set_aside(step_folder(run, number))
+        say(f"WARNING: checkpoint {number} is damaged and set aside as {aside.name}: {problems[0]}")
+    if step is None:
+        if bad:
+            say("WARNING: no good checkpoint is left; the run begins again at step 1")
+    elif bad:
+        say(f"WARNING: going back to the checkpoint of step {step}")
+    return step
 
 
 def open_init(cfg: RunConfig) -> Source | None:

@@ -12,13 +12,23 @@ from typing import IO, Any
 
 from dsv3_jax.config import RunConfig, dump_yaml, from_mapping, load_yaml, to_mapping
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.parallel import from_first
 
 CONFIG, METRICS, REPORT = "config.yaml", "metrics.jsonl", "report.html"
 TOKENIZER, HF, TENSORBOARD = "tokenizer", "hf", "tensorboard"
 _OURS = {CONFIG, METRICS, REPORT, TOKENIZER, HF, TENSORBOARD, "checkpoints", ".lock"}
 # What a restart may change; everything else would make it another run.
 # Devices are not part of it: a run goes on with the same bits restored, whatever mesh they are cut over.
-_MAY_DIFFER = ("training.steps", "checkpoint.", "logging.", "run.", "mesh.", "moe.", "distributed.")
+_MAY_DIFFER = (
+    "training.steps",
+    "training.watchdog_minutes",
+    "checkpoint.",
+    "logging.",
+    "run.",
+    "mesh.",
+    "moe.",
+    "distributed.",
+)
 
 
 class RunFolder:
@@ -68,7 +78,13 @@ class RunFolder:
 
     def save_config(self, cfg: RunConfig) -> None:
         """Write the resolved config; from then on the folder holds a run."""
-        cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=str(self.path)))
+        cfg = dataclasses.replace(
+            cfg,
+            run=dataclasses.replace(cfg.run, dir=str(self.path)),
+            distributed=dataclasses.replace(
+                cfg.distributed, cluster="auto", coordinator_address=None, num_processes=None, process_id=None
+            ),
+        )
         write_whole(self.path / CONFIG, dump_yaml(to_mapping(cfg)))
 
     def close(self) -> None:
@@ -78,6 +94,36 @@ class RunFolder:
             if not any(self.path.iterdir()):
                 self.path.rmdir()
         self._lock.close()
+
+
+class FollowedFolder:
+    """A run's folder in the processes that write nothing there: process 0 has opened it."""
+
+    def __init__(self, path: Path, resumed: bool) -> None:
+        """Raises ConfigError when the folder is not there: it must be on a disk that all processes share."""
+        self.path, self.resumed = path, resumed
+        if not path.is_dir():
+            raise ConfigError(
+                f"run.dir {path}: made by process 0, but not there for this process; expected a folder on a shared disk"
+            )
+
+    def save_config(self, cfg: RunConfig) -> None:
+        """Nothing: process 0 does it."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def open_run_folder(cfg: RunConfig) -> RunFolder | FollowedFolder:
+    """The run's folder: opened and locked by process 0, followed by the others. Raises as `RunFolder` does."""
+    opened: list[RunFolder] = []
+
+    def make() -> list[Any]:
+        opened.append(RunFolder(cfg))
+        return [str(opened[0].path.absolute()), opened[0].resumed]
+
+    path, resumed = from_first("run folder", make)
+    return opened[0] if opened else FollowedFolder(Path(path), resumed)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,14 +18,24 @@ import numpy as np
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.parallel import make_mesh
+from dsv3_jax.launch.local import SUPERVISED
+from dsv3_jax.parallel import Feed, barrier, compiled_by_all, first_then_all, make_mesh, processes
 from dsv3_jax.text import Tokenizer
 from dsv3_jax.training.data import Batches, TokenDataset
 from dsv3_jax.training.metrics import MetricsLog, Pace, Record, TensorBoard, record_of, step_line
 from dsv3_jax.training.prepare import prepare_default
 from dsv3_jax.training.report import write_report
 from dsv3_jax.training.restore import init_notes, init_weights, open_init, restore_step, save_step
-from dsv3_jax.training.run_folder import HF, METRICS, REPORT, TENSORBOARD, TOKENIZER, RunFolder
+from dsv3_jax.training.run_folder import (
+    HF,
+    METRICS,
+    REPORT,
+    TENSORBOARD,
+    TOKENIZER,
+    FollowedFolder,
+    RunFolder,
+    open_run_folder,
+)
 from dsv3_jax.training.sources import NAMED_SOURCES
 from dsv3_jax.training.step import (
     State,
@@ -35,21 +45,28 @@ from dsv3_jax.training.step import (
     make_train_step,
     shards_of,
 )
+from dsv3_jax.training.watchdog import Watchdog
 
 NOT_FINITE = 76  # exit code
 NOT_FINITE_LIMIT = 10  # steps in a row that could not be applied
 
 
 def say(text: str) -> None:
-    """One line to the terminal, at once."""
-    print(text, flush=True)
+    """One line to the terminal, at once; of several processes the first speaks."""
+    if processes().first:
+        print(text, flush=True)
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second one ends the process at once."""
+    """SIGTERM and SIGINT ask for a stop after the current step; a second one ends the process at once.
+
+    In a watched process the same signal within a second counts once: SLURM sends it to the watching process, which
+    passes it on, and to this one.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self._at = 0.0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -63,6 +80,9 @@ class StopSignals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
+        before, self._at = self._at, time.monotonic()
+        if self.asked == name and SUPERVISED in os.environ and self._at - before < 1.0:
+            return
         if self.asked:
             os.write(2, f"{name} again: ending now, without saving\n".encode())
             os._exit(128 + number)
@@ -76,7 +96,6 @@ class _Pending:
 
     step: int
     metrics: Any
-    tokens: int = 0
 
 
 def train(cfg: RunConfig) -> int:
@@ -85,7 +104,7 @@ def train(cfg: RunConfig) -> int:
     Raises ConfigError, DataError, StorageError as described in `dsv3_jax.errors`.
     """
     with StopSignals() as signals:
-        folder = RunFolder(cfg)
+        folder = open_run_folder(cfg)
         try:
             return Trainer(cfg, folder, signals).run()
         finally:
@@ -95,22 +114,35 @@ def train(cfg: RunConfig) -> int:
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(self, cfg: RunConfig, folder: RunFolder, signals: StopSignals) -> None:
+    def __init__(self, cfg: RunConfig, folder: RunFolder | FollowedFolder, signals: StopSignals) -> None:
         """Opens data and devices and finds the state to go on from; writes config.yaml last."""
         self.cfg, self.folder, self.path, self.signals = cfg, folder, folder.path, signals
-        self.mesh = make_mesh(cfg.mesh)
+        self.mesh, self.group = make_mesh(cfg.mesh), processes()
         step = make_train_step(cfg, self.mesh)  # refuses a batch that cannot be cut
         say(f"run folder: {self.path}")
         source = None if folder.resumed else open_init(cfg)
-        self.train_data, self.val_data, tokenizer_dir = _open_data(cfg, self._init_tokenizer(source))
-        self.batches = Batches(self.train_data, cfg.training.batch_size, seed=cfg.seed)
-        self.tensorboard = TensorBoard(self.path / TENSORBOARD) if cfg.logging.tensorboard else None
-        self._bring_files(source, tokenizer_dir)
+        self.feed = Feed(batch_sharding(self.mesh), cfg.training.batch_size)
+        self.train_data, self.val_data, tokenizer_dir = first_then_all(
+            "data", lambda: _open_data(cfg, self._init_tokenizer(source))
+        )
+        self.batches = Batches(
+            self.train_data,
+            cfg.training.batch_size,
+            seed=cfg.seed,
+            host=self.feed.part,
+            n_hosts=self.feed.parts,
+        )
+        writes_events = cfg.logging.tensorboard and self.group.first
+        self.tensorboard = TensorBoard(self.path / TENSORBOARD) if writes_events else None
+        if self.group.first:
+            self._bring_files(source, tokenizer_dir)
+        barrier("files of the run")
         self.byte_lengths_V = _byte_lengths(self.path / TOKENIZER, cfg.model.vocab_size)
         self.tokens, self.not_finite = 0, 0
         self.state = self._first_state(source)
         folder.save_config(cfg)
-        self.log = MetricsLog(self.path / METRICS)
+        self.log = MetricsLog(self.path / METRICS) if self.group.first else None
+        self.watchdog = Watchdog(60 * cfg.training.watchdog_minutes)
         self._step = jax.jit(step, donate_argnums=0)
         self._eval = jax.jit(make_eval_step(cfg, self.mesh))
         self.pace = Pace()
@@ -175,13 +207,15 @@ class Trainer:
                 say(f"nothing to do: {start} of {cfg.training.steps} steps are done")
             else:
                 self._announce()
-            code = self._steps(start)
+            with self.watchdog:
+                code = self._steps(start)
         finally:
             self.batches.close()
-            self.log.close()
+            if self.log is not None:
+                self.log.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
-        if code == 0 and (self._saved or not (self.path / REPORT).exists()):
+        if code == 0 and self.group.first and (self._saved or not (self.path / REPORT).exists()):
             write_report(self.path)
             say(f"report: {self.path / REPORT}")
         return code
@@ -197,17 +231,22 @@ class Trainer:
 
     def _steps(self, start: int) -> int:
         cfg, pending = self.cfg, None
-        steps, sharding = cfg.training.steps, batch_sharding(self.mesh)
+        steps, alone = cfg.training.steps, self.group.count == 1
         for step in range(start + 1, steps + 1):
-            if self.signals.asked and step == start + 1:
+            if alone and self.signals.asked and step == start + 1:
                 say(f"stopped before step {step}; nothing new to save")
                 return 0
-            batch = jax.device_put(next(self.batches), sharding)
+            batch = self.feed.place(next(self.batches))
+            if step == start + 1:
+                self._step = compiled_by_all("step", self._step, self.state, batch)
             self.state, metrics = self._step(self.state, batch)
             if pending is not None:  # its metrics are fetched while the device is busy with this step
                 self._record(pending)
             pending = _Pending(step, metrics)
-            stop = self.signals.asked is not None or self.not_finite >= NOT_FINITE_LIMIT
+            stop = (
+                self.group.stop_at(step, self.signals.asked is not None)
+                or self.not_finite >= NOT_FINITE_LIMIT
+            )
             every = cfg.training.eval_every
             evaluate = step == steps or (every and step % every == 0)
             save = stop or step == steps or step % cfg.checkpoint.every == 0
@@ -224,14 +263,16 @@ class Trainer:
             if save:
                 self._save(step)
             self._clock = time.perf_counter()
-            if self.signals.asked and step < steps:
-                say(f"{self.signals.asked}: step {step} is saved; start again on the same folder to go on")
+            if stop and step < steps:
+                who = self.signals.asked or "another process was asked to stop"
+                say(f"{who}: step {step} is saved; start again on the same folder to go on")
                 return 0
         return 0
 
     def _record(self, pending: _Pending, *, evaluate: bool = False) -> None:
         """Fetch a step's metrics, write its line, count steps that were not applied."""
         record = record_of(pending.step, jax.device_get(pending.metrics))
+        self.watchdog.beat()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self.pace.add(seconds)
@@ -241,7 +282,8 @@ class Trainer:
         if evaluate:
             record.update(self._evaluate())
         self.not_finite = self.not_finite + 1 if record["skipped"] else 0
-        self.log.write(record)
+        if self.log is not None:
+            self.log.write(record)
         if self.tensorboard is not None:
             self.tensorboard.write(record)
         steps = self.cfg.training.steps
@@ -254,7 +296,8 @@ class Trainer:
             say(step_line(record, steps, self.pace.left(steps - pending.step)))
 
     def _save(self, step: int) -> None:
-        self.log.sync()
+        if self.log is not None:
+            self.log.sync()
         train_state = {
             "step": step,
             "data": self.batches.state(),
@@ -264,6 +307,7 @@ class Trainer:
         }
         folder = save_step(self.path, self.cfg, self.state, train_state)
         self._saved = True
+        self.watchdog.beat()
         say(f"saved {folder}")
 
     def _evaluate(self) -> Record:
@@ -274,8 +318,10 @@ class Trainer:
         rows = cfg.batch_size // cfg.accumulate
         assert rows % shards_of(self.mesh) == 0
         for batch in self.val_data.in_order(rows, cfg.eval_batches):
-            device_batch = jax.device_put(batch, batch_sharding(self.mesh))
-            total, count = jax.device_get(self._eval(self.state.params, self.state.router, device_batch))
+            inputs = self.state.params, self.state.router, self.feed.place(self.feed.own_rows(batch))
+            self._eval = compiled_by_all("evaluation", self._eval, *inputs)
+            total, count = jax.device_get(self._eval(*inputs))
+            self.watchdog.beat()
             nats, targets = nats + float(total), targets + int(count)
             if self.byte_lengths_V is not None:
                 ids = batch["targets_BT"]
