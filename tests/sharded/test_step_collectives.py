@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import pytest
+from dsv3_jax.planning.collectives import Collective, parse
 
 from dsv3_jax.hf.rules import flatten_paths
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.parallel.leaves import placement_of
-from dsv3_jax.planning.collectives import Collective, parse
 from dsv3_jax.training.step import abstract_state, batch_sharding, make_train_step
 from tests.training import tiny
 
@@ -45,9 +45,7 @@ def _placed() -> dict[str, tuple[int, Any]]:
 
 def test_experts_are_gathered_once_a_step_over_data_and_fsdp_only(collectives: list[Collective]) -> None:
     layers = {"moe": 2, "mtp": 1}
-    stacks = Counter(
-        4 * size * layers[path.split("/")[1]] for path, (size, p) in _placed().items() if p.once
-    )
+    stacks = Counter(4 * size * layers[path.split("/")[1]] for path, (size, p) in _placed().items() if p.once)
     assert len(stacks) == 4  # gate_up and down of the expert layers and of the multi-token module
     gathers = [c for c in collectives if c.kind == "all-gather"]
     experts = [c for c in gathers if c.group == 4 and c.times == 1 and c.operand_bytes in stacks]
@@ -73,10 +71,10 @@ def test_every_gather_is_that_of_a_weight_or_of_tokens(collectives: list[Collect
 
 def test_gradients_of_cut_weights_are_reduce_scattered(collectives: list[Collective]) -> None:
     """No whole gradient of a dense matrix or of experts is summed over the axes that the weight is cut over."""
-    largest_vector = 4 * max(
-        size * 3 for size, p in _placed().values() if not p.gathers and not p.once
-    )
+    largest_vector = 4 * max(size * 3 for size, p in _placed().values() if not p.gathers and not p.once)
     whole = {4 * size * n for size, p in _placed().values() if p.gathers for n in (1, 2, 3)}
     for one in collectives:
         if one.kind == "all-reduce":  # a part's gradient over `data`, or something small
-            assert one.group == 2 and one.operand_bytes in whole or one.operand_bytes <= largest_vector * 64, one
+            assert (
+                one.group == 2 and one.operand_bytes in whole
+            ) or one.operand_bytes <= largest_vector * 64, one
