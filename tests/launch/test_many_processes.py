@@ -47,6 +47,7 @@ MODEL = dataclasses.replace(
     tiny.MODEL,
     vocab_size=258,
     num_hidden_layers=2,
+    num_nextn_predict_layers=0,
     bos_token_id=256,
     eos_token_id=(257,),
     initializer_range=0.05,
@@ -58,7 +59,9 @@ def _config(folder: Path, run: Path, steps: int) -> RunConfig:
         model=MODEL,
         run=RunSection(dir=str(run)),
         data=DataConfig(source=str(folder / "shards")),
-        training=TrainingConfig(steps=steps, batch_size=8, seq_len=16, remat="none", eval_batches=1),
+        training=TrainingConfig(
+            steps=steps, batch_size=8, seq_len=16, remat="none", eval_every=STEPS, eval_batches=1
+        ),
         # Constant: the pair's run has no end, and is to have the learning rates of one with 20 steps.
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=2, schedule="constant"),
         checkpoint=CheckpointConfig(every=100_000),
@@ -151,6 +154,7 @@ def test_two_processes_train_as_one(folder: Path, stopped: Ended, alone: list[di
     # gloo adds in another order than one process does.
     for mine, theirs in zip(pair, alone, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), mine["step"]
+    assert pair[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], rel=1e-5)
     assert len({record["loss"] for record in pair}) == STEPS
 
 
