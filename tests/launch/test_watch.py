@@ -21,7 +21,7 @@ STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', 
 ABORT = f"import os, sys; sys.stderr.write({WORDS!r} + '\\n'); sys.stderr.flush(); os.abort()"
 
 
-def run(*programs: str, grace: float = 5.0) -> int:
+def run(*programs: str, grace: float = 30.0) -> int:
     commands = [
         Command(f"process {index}", (sys.executable, "-c", program), os.environ, f"[{index}] ")
         for index, program in enumerate(programs)

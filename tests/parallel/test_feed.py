@@ -50,6 +50,9 @@ def test_devices_that_are_not_ordered_by_process_are_refused() -> None:
         ConfigError, match=r"devices hold the rows \[\(0, 2\), \(4, 6\), .* of a batch of 16; expected"
     ):
         share_of(slices, ROWS)
+    # The first and the last rows span the whole batch, but are not all of it.
+    with pytest.raises(ConfigError, match="devices hold the rows"):
+        share_of([(slice(0, 2),), (slice(14, 16),)], ROWS)
 
 
 def test_one_process_feeds_whole_batches_where_they_belong() -> None:
