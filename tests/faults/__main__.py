@@ -105,10 +105,10 @@ def terms(data: Path, whole: Path, work: Path, rng: random.Random, count: int, r
     while stopped < count:
         cfg = runs.config(data, work / f"terminated-{number}")
         run, number = Path(str(cfg.run.dir)), number + 1
-        for _ in range(4):
+        for share in (0.6, 0.4):  # of the time a whole run takes: most are still running then
             started = runs.Started(cfg)
             started.until(lambda started=started: any("compiling the step" in x for x in started.lines))  # type: ignore[misc]
-            wait = time.monotonic() + rng.random() * run_s
+            wait = time.monotonic() + rng.random() * share * run_s
             started.until(lambda wait=wait: time.monotonic() > wait)  # type: ignore[misc]
             alive = started.process.poll() is None
             codes.append(started.end(signal.SIGTERM if alive else None))
