@@ -1,8 +1,8 @@
 """User-facing errors and the exit codes of every command.
 
 0 done; 1 a bug (traceback); 2 flags, config, unknown architecture, existing output; 65 content of data,
-checkpoints or input lines; 74 storage; 75 no progress, or another process of the run was lost; 76 training not finite.
-No failure exits 0.
+checkpoints or input lines; 74 storage; 75 no progress, or another process of the run was lost; 76 training steps that
+could not be applied. No failure exits 0.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Native checkpoints: Orbax arrays in chunks of one Hugging Face tensor, a manifest with checksums, one rename."""
 
 from dsv3_jax.checkpoint.atomic import atomic_folder, remove_leftovers
+from dsv3_jax.checkpoint.background import Background
 from dsv3_jax.checkpoint.layout import kind_of
 from dsv3_jax.checkpoint.manifest import Manifest, read_manifest
 from dsv3_jax.checkpoint.native import (
@@ -8,15 +9,19 @@ from dsv3_jax.checkpoint.native import (
     latest_step,
     load_checkpoint,
     read_model_config,
-    save_checkpoint,
     set_aside,
     step_folder,
     steps_of,
     validate_step,
 )
-from dsv3_jax.checkpoint.store import load_tree, open_leaf, save_tree
+from dsv3_jax.checkpoint.placement import load_tree
+from dsv3_jax.checkpoint.saving import CheckpointSnapshot, save_checkpoint, snapshot_checkpoint
+from dsv3_jax.checkpoint.snapshot import save_tree
+from dsv3_jax.checkpoint.store import open_leaf
 
 __all__ = [
+    "Background",
+    "CheckpointSnapshot",
     "Loaded",
     "Manifest",
     "atomic_folder",
@@ -31,6 +36,7 @@ __all__ = [
     "save_checkpoint",
     "save_tree",
     "set_aside",
+    "snapshot_checkpoint",
     "step_folder",
     "steps_of",
     "validate_step",

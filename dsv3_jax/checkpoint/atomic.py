@@ -7,7 +7,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,12 +79,21 @@ def fsync(path: Path) -> None:
 def fsync_tree(folder: Path, threads: int = 16) -> None:
     """Flush every file and folder below `folder`, and `folder` itself."""
     paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
-    if len(paths) > _MANY_FILES and _syncfs(folder):
-        return
     folders = [Path(root) for root, _, _ in os.walk(folder, topdown=False)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fsync, paths))
-        list(pool.map(fsync, folders))
+    if not _flushed_at_once(paths):
+        fsync_files(paths, threads)
+        fsync_files(folders, threads)
+
+
+def fsync_files(paths: Sequence[Path], threads: int = 16) -> None:
+    """Flush these files (or folders), all of one file system."""
+    if not _flushed_at_once(paths):
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fsync, paths))
+
+
+def _flushed_at_once(paths: Sequence[Path]) -> bool:
+    return len(paths) > _MANY_FILES and _syncfs(paths[0].parent)
 
 
 def _syncfs(folder: Path) -> bool:

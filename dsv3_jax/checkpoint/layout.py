@@ -125,10 +125,11 @@ def chunk_grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple
 def default_chunk(shape: tuple[int, ...], itemsize: int, limit: int = 64 << 20) -> tuple[int, ...]:
     """A chunk of at most `limit` bytes that splits leading axes only, for leaves without a Hugging Face name."""
     chunk = list(shape)
-    for axis in range(len(shape)):
-        if math.prod(chunk) * itemsize <= limit:
+    for axis, size in enumerate(shape):
+        rest = math.prod(chunk) // max(size, 1) * itemsize
+        if rest * size <= limit:
             break
-        chunk[axis] = 1
+        chunk[axis] = next((n for n in range(limit // rest, 1, -1) if size % n == 0), 1)
     return tuple(chunk)
 
 

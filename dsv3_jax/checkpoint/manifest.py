@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Manifest:
       aliases: HF names that are copies of another HF name.
       config_sha256: of model.yaml.
       versions: of the libraries that wrote it.
+      checksum: SHA-256 of all the rest of the document; "" in checkpoints made before there was one.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Manifest:
     config_sha256: str
     versions: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
+    checksum: str = ""
 
     def export_dtype(self, name: str, path: str) -> str:
         """The dtype in which an export writes the HF tensor `name`, a slice of leaf `path`."""
@@ -105,11 +108,18 @@ def write_manifest(
         config_sha256=sha256_file(folder / MODEL),
         versions=versions(),
     )
+    manifest = replace(manifest, checksum=_checksum(asdict(manifest)))
     first = {"format": manifest.format}
     (folder / MANIFEST).write_text(
         json.dumps({**first, **asdict(manifest)}, indent=1) + "\n", encoding="utf-8"
     )
     return manifest
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    """Of a manifest's content, whatever its layout as text: nothing else vouches for what is not a file's checksum."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path | str) -> Manifest:
@@ -131,14 +141,19 @@ def read_manifest(folder: Path | str) -> Manifest:
             raise DataError(f"{file}: files[{name!r}] is not a file of this folder with size and sha256")
     if not {"leaves", "tensors"} <= set(manifest.hf_dtypes):
         raise DataError(f"{file}: hf_dtypes must hold leaves and tensors")
+    if "checksum" in document and manifest.checksum != _checksum(document):
+        raise DataError(f"{file}: its checksum differs: the content has changed")
     return manifest
 
 
-def problems_of(folder: Path | str, *, hashes: bool = False, threads: int = 4) -> list[str]:
+def problems_of(
+    folder: Path | str, *, hashes: bool = False, share: tuple[int, int] = (0, 1), threads: int = 4
+) -> list[str]:
     """What is wrong with a checkpoint folder, one message each; [] when it is whole.
 
     Args:
       hashes: also read every byte and compare the SHA-256 (about 1.5 GB/s a core).
+      share: (i, n) looks at every n-th file from the i-th on, for n processes that share the work.
     """
     folder = Path(folder)
     try:
@@ -159,7 +174,8 @@ def problems_of(folder: Path | str, *, hashes: bool = False, threads: int = 4) -
         return None
 
     with ThreadPoolExecutor(threads) as pool:
-        found = [problem for problem in pool.map(check, manifest.files.items()) if problem]
+        mine = itertools.islice(manifest.files.items(), share[0], None, share[1])
+        found = [problem for problem in pool.map(check, mine) if problem]
     if MODEL not in manifest.files or manifest.files[MODEL]["sha256"] != manifest.config_sha256:
         found.append(f"{folder / MANIFEST}: config_sha256 is not that of {MODEL}")
     return found

@@ -1,8 +1,7 @@
-"""Saving and loading native checkpoints, and finding the newest good step of a run."""
+"""Parts and loading of native checkpoints, and finding the newest good step of a run."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.checkpoint import layout
-from dsv3_jax.checkpoint.atomic import atomic_folder, check_free, make_parent
-from dsv3_jax.checkpoint.manifest import Manifest, problems_of, read_manifest, write_manifest
-from dsv3_jax.checkpoint.store import load_tree, save_tree, tree_paths
+from dsv3_jax.checkpoint.manifest import Manifest, problems_of, read_manifest
+from dsv3_jax.checkpoint.placement import load_tree
 from dsv3_jax.config import ModelConfig, dump_yaml, from_mapping, load_yaml, to_mapping
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.hf.rules import HFEntry, hf_entries, unflatten_paths
-from dsv3_jax.hf.safetensors import DTYPE_NAMES, parse_json
+from dsv3_jax.hf.safetensors import parse_json
 
 AbstractFn = Callable[[ModelConfig], Mapping[str, Any]]
 
@@ -95,73 +93,6 @@ def plain_files(folder: Path | str | None) -> list[Path]:
     return sorted(path for path in Path(folder).iterdir() if path.is_file())
 
 
-def save_checkpoint(
-    dst: Path | str,
-    cfg: ModelConfig,
-    variables: Mapping[str, Any],
-    *,
-    step: int | None = None,
-    optimizer: Any = None,
-    train_state: Mapping[str, Any] | None = None,
-    tokenizer_dir: Path | str | None = None,
-    hf_dir: Path | str | None = None,
-    hf_dtypes: Mapping[str, Mapping[str, str]] | None = None,
-    aliases: Mapping[str, str] | None = None,
-    force: bool = False,
-) -> Manifest:
-    """Save a checkpoint folder: complete at `dst`, or not there at all.
-
-    Args:
-      variables: {"params", "router"} of numpy or jax arrays.
-      optimizer: any pytree of arrays.
-      train_state: what else training needs, as JSON.
-      tokenizer_dir, hf_dir: folders whose plain files travel along (tokenizer; config.json, generation_config.json).
-      hf_dtypes: what an export gives back (`Manifest.hf_dtypes`); by default the dtypes in `variables`.
-      aliases: names an export writes as copies; by default those of a released checkpoint.
-    Raises:
-      ConfigError: `dst` exists and `force` is not set, or is no checkpoint.
-      StorageError, OSError: the disk is full or failing; nothing is left behind and an old `dst` is untouched.
-    """
-    dst = Path(dst)
-    tree = {"params": variables["params"], "router": variables.get("router") or {}}
-    flat = tree_paths(tree)
-    entries = hf_entries(cfg, tree)
-    if hf_dtypes is None:
-        hf_dtypes = {
-            "leaves": {path: DTYPE_NAMES[np.dtype(leaf.dtype)] for path, leaf in flat.items()},
-            "tensors": {},
-        }
-    if aliases is None:
-        aliases = default_aliases(cfg, tree)
-    leaves = [*flat.values(), *tree_paths(optimizer).values()]
-    make_parent(dst)
-    check_free(dst.parent, sum(leaf.nbytes for leaf in leaves), f"checkpoint {dst.name}")
-    with atomic_folder(dst, force=force) as folder:
-        write_model_config(folder, cfg)
-        copy_files(plain_files(tokenizer_dir), folder / layout.TOKENIZER)
-        copy_files(plain_files(hf_dir), folder / layout.HF)
-        hashed = _prefixed(layout.WEIGHTS, save_tree(folder / layout.WEIGHTS, tree, chunk_shapes(entries)))
-        if optimizer is not None:
-            hashed |= _prefixed(layout.OPTIMIZER, save_tree(folder / layout.OPTIMIZER, optimizer))
-        if train_state is not None:
-            (folder / layout.TRAIN_STATE).write_text(
-                json.dumps(dict(train_state), indent=1), encoding="utf-8"
-            )
-        return write_manifest(
-            folder,
-            kind="training" if optimizer is not None else "weights",
-            step=step,
-            tree=tree_record(flat),
-            hf_dtypes=hf_dtypes,
-            aliases=aliases,
-            hashed=hashed,
-        )
-
-
-def _prefixed(prefix: str, records: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}/{name}": record for name, record in records.items()}
-
-
 def load_checkpoint(
     folder: Path | str,
     abstract: Mapping[str, Any] | AbstractFn | None = None,
@@ -170,7 +101,7 @@ def load_checkpoint(
     sharding: Any = None,
     optimizer_abstract: Any = None,
 ) -> Loaded:
-    """Restore a native checkpoint folder through Orbax.
+    """Restore a native checkpoint folder; several processes each read their part of it.
 
     Args:
       abstract: the tree that is expected, {"params", "router"} of ShapeDtypeStruct (with shardings, if wanted), or
@@ -244,9 +175,9 @@ def step_folder(run: Path | str, step: int) -> Path:
     return Path(run) / layout.CHECKPOINTS / str(step)
 
 
-def validate_step(folder: Path | str, *, hashes: bool = False) -> list[str]:
+def validate_step(folder: Path | str, *, hashes: bool = False, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a step folder (see `problems_of`); [] when it is whole."""
-    return problems_of(folder, hashes=hashes)
+    return problems_of(folder, hashes=hashes, share=share)
 
 
 def latest_step(run: Path | str, *, hashes: bool = False) -> tuple[int | None, dict[int, list[str]]]:

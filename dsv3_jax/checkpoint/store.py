@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ import numpy as np
 
 from dsv3_jax.checkpoint.layout import (
     ORBAX_ITEM,
-    chunk_grid,
     chunk_name,
     default_chunk,
     leaf_folder,
@@ -30,6 +31,7 @@ from dsv3_jax.checkpoint.layout import (
     zarr_metadata,
 )
 from dsv3_jax.errors import DataError
+from dsv3_jax.hf.rules import unflatten_paths
 from dsv3_jax.hf.safetensors import PIECE_BYTES, read_array
 
 Record = dict[str, Any]  # {"size", "sha256"} of a file
@@ -106,9 +108,10 @@ def write_skeleton(item: Path, tree: Any, chunks: Mapping[str, tuple[int, ...]])
     """
     import jax
 
-    one_element = jax.tree.map(lambda leaf: _one_element(np.dtype(leaf.dtype)), tree)
-    with _orbax() as ocp:
-        ocp.save(item, one_element)
+    if jax.process_count() > 1:
+        _save_elements_alone(item, tree)
+    else:
+        save_elements(item, tree)
     for path, leaf in tree_paths(tree).items():
         folder = leaf_folder(item, path)
         if not (folder / "zarr.json").is_file():
@@ -118,16 +121,40 @@ def write_skeleton(item: Path, tree: Any, chunks: Mapping[str, tuple[int, ...]])
         (folder / "zarr.json").write_text(text, encoding="utf-8")
 
 
-def _one_element(dtype: np.dtype) -> Any:
-    """A zero on the device; among several processes one that lies on the devices of all, as Orbax asks for."""
+def save_elements(item: Path, tree: Any) -> None:
+    """An Orbax checkpoint of `tree` in which every leaf is one element, 0."""
     import jax
     import jax.numpy as jnp
 
-    if not jax.distributed.is_initialized():
-        return jnp.zeros((), dtype)
-    everywhere = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
-    replicated = jax.sharding.NamedSharding(everywhere, jax.sharding.PartitionSpec())
-    return jax.make_array_from_callback((), replicated, lambda _: np.zeros((), dtype))
+    with _orbax() as ocp:
+        ocp.save(item, jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), tree))
+
+
+def _save_elements_alone(item: Path, tree: Any) -> None:
+    """`save_elements` in a process of its own, on the CPU.
+
+    Among several processes Orbax's save is a collective of all their devices, which has no place beside a step.
+    """
+    import jax
+
+    dtypes = {path: np.dtype(leaf.dtype).name for path, leaf in tree_paths(tree).items()}
+    empty: dict[str, Any] = {
+        name: {} for name, branch in tree.items() if branch == {}
+    }  # a model without router state
+    rebuilt = unflatten_paths(dtypes) | empty
+    if str(jax.tree.structure(tree)) != str(jax.tree.structure(rebuilt)):
+        raise TypeError("several processes save trees of nested dictionaries only")
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    package = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv3_jax.checkpoint.skeleton", str(item)],
+        input=json.dumps({"dtypes": dtypes, "empty": empty}),
+        env={**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{package}:{kept.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{item}: Orbax could not make the skeleton:\n{done.stderr[-2000:]}")
 
 
 def skeleton_is_whole(item: Path, leaves: Mapping[str, Any], chunks: Mapping[str, tuple[int, ...]]) -> bool:
@@ -211,91 +238,17 @@ def open_leaf(item: Path | str, path: str) -> Leaf:
     return Leaf(Path(item), path)
 
 
-def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
+def pieces_of(block: np.ndarray) -> Iterator[np.ndarray]:
+    """A block's elements in order, as flat arrays of a few MiB."""
     flat = np.ascontiguousarray(block).reshape(-1)
     step = max(1, PIECE_BYTES // flat.itemsize)
     for start in range(0, flat.size, step):
         yield flat[start : start + step]
 
 
-def save_tree(
-    item: Path | str,
-    tree: Any,
-    chunks: Mapping[str, tuple[int, ...]] | Callable[[str], tuple[int, ...]] | None = None,
-    *,
-    threads: int = 4,
-) -> dict[str, Record]:
-    """Save a pytree of arrays as an Orbax checkpoint with exact chunk shapes.
-
-    Args:
-      item: folder to make.
-      tree: numpy or jax arrays (fully addressable by this process).
-      chunks: chunk shape by leaf path; other leaves are split along leading axes into at most 64 MiB.
-    Returns:
-      Size and SHA-256 of every chunk file, by path relative to `item`.
-    Raises:
-      OSError: as it comes from the disk.
-    """
-    item = Path(item)
-    leaves = tree_paths(tree)
-    lookup = chunks if callable(chunks) else (chunks or {}).get
-    shapes = {
-        path: lookup(path) or default_chunk(tuple(leaf.shape), np.dtype(leaf.dtype).itemsize)
-        for path, leaf in leaves.items()
+def chunk_shapes_of(tree: Any, chunks: Mapping[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]]:
+    """The chunk shape of every leaf: as given, else at most 64 MiB split along leading axes."""
+    return {
+        path: (chunks or {}).get(path) or default_chunk(tuple(leaf.shape), np.dtype(leaf.dtype).itemsize)
+        for path, leaf in tree_paths(tree).items()
     }
-    write_skeleton(item, tree, shapes)
-    records: dict[str, Record] = {}
-    with ThreadPoolExecutor(threads) as pool:
-        for path, leaf in leaves.items():
-            host = np.asarray(leaf)  # one leaf at a time on the host; on CPU no copy
-            chunk = shapes[path]
-            writer = LeafWriter(item, path, chunk)
-
-            def write(
-                index: tuple[int, ...], host: np.ndarray = host, writer: LeafWriter = writer
-            ) -> tuple[str, Record]:
-                at = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, writer.chunk, strict=True))
-                record = writer.write(index, _pieces(host[at]))
-                return str(writer.file(index).relative_to(item)), record
-
-            records.update(pool.map(write, chunk_grid(host.shape, chunk)))
-    return records
-
-
-def load_tree(item: Path | str, abstract: Any) -> Any:
-    """Restore a pytree through Orbax.
-
-    Args:
-      item: a folder written by `save_tree` or a conversion.
-      abstract: pytree of `jax.ShapeDtypeStruct`; a dtype other than the stored one is a cast, a sharding places
-        the leaf (each device's part is all that is read for it), no sharding means the first device.
-    Raises:
-      DataError: a leaf or a chunk of it is missing, or has another shape (which Orbax would cut or pad in silence).
-    """
-    import jax
-
-    item = Path(item)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
-        )
-
-    wanted = tree_paths(abstract)
-    problems = []
-    for path, leaf in wanted.items():
-        folder = leaf_folder(item, path)
-        shape, chunk, _ = read_zarr_metadata(folder)
-        lost = {chunk_name(index) for index in chunk_grid(shape, chunk)} - set(os.listdir(folder))
-        if lost:
-            problems.append(f"{path}: {len(lost)} chunk(s) missing, such as {folder / min(lost)}")
-        if shape != tuple(leaf.shape):
-            problems.append(f"{path}: shape {list(shape)} stored, {list(leaf.shape)} expected")
-    stored = {folder.name for folder in (item / ORBAX_ITEM).iterdir() if folder.is_dir()}
-    extra = stored - {path.replace("/", ".") for path in wanted}
-    problems += [f"{name}: stored, but not expected" for name in sorted(extra)]
-    if problems:
-        raise DataError("\n  ".join([f"{item}: does not fit", *problems]))
-    with _orbax() as ocp:
-        return ocp.load(item, jax.tree.map(target, abstract))

@@ -68,6 +68,9 @@ class TrainingConfig:
     eval_batches: int = 8
     watchdog_minutes: float = 30.0
     """Minutes without a finished step after which the process prints its stacks and ends with exit code 75; 0 never."""
+    spike_guard: float = 0.0
+    """A step whose loss or gradient norm is more than this many median absolute deviations above the median of the
+    last 64 applied steps is not applied; 0 applies every finite step. 10 to 20 stops only what stands far out."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "loss_chunk", "eval_batches"):
@@ -78,6 +81,7 @@ class TrainingConfig:
             "balance_loss_alpha",
             "eval_every",
             "watchdog_minutes",
+            "spike_guard",
         ):
             _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
         _require(
@@ -124,10 +128,16 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Newest checkpoints kept; 0 keeps all."""
+    keep_best: int = 0
+    """Checkpoints kept besides for the lowest held-out loss (checkpoints/best.json names them); above 0 every
+    checkpoint is evaluated."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; it needs memory on the host for a copy of the state."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "1 or more")
-        _require(self.keep >= 0, "checkpoint.keep", self.keep, "0 or more")
+        for name in ("keep", "keep_best"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,7 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
     if record.get("val_loss") is not None:
         parts.append(f"val {record['val_loss']:.3f}")
     if record["skipped"]:
-        parts.append("NOT APPLIED (not finite)")
+        parts.append(f"NOT APPLIED ({'spike' if record.get('spike') else 'not finite'})")
     return " | ".join([*parts, f"mem {memory_gib():.1f}GiB", f"eta {duration(eta)}"])
 
 

@@ -1,9 +1,8 @@
-"""Where a run's state comes from and goes to: its own checkpoints, or the weights of another model."""
+"""Where a run's state comes from: its own checkpoints, or the weights of another model."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,80 +10,26 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from dsv3_jax.checkpoint import (
-    latest_step,
     load_checkpoint,
     remove_leftovers,
-    save_checkpoint,
     set_aside,
     step_folder,
     steps_of,
+    validate_step,
 )
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.config import ModelConfig, RunConfig
-from dsv3_jax.errors import ConfigError, DataError
+from dsv3_jax.errors import ConfigError, DataError, StorageError
 from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
 from dsv3_jax.model import abstract_variables, init_variables
-from dsv3_jax.parallel import barrier, from_first, processes
-from dsv3_jax.training.run_folder import HF, TOKENIZER
+from dsv3_jax.parallel import processes
+from dsv3_jax.training.guards import guard_from_json
+from dsv3_jax.training.saving import MOMENTS
 from dsv3_jax.training.step import State, abstract_state
 
-_MOMENTS = ("count", "mu", "nu")
 Say = Callable[[str], None]
-
-
-def save_step(run: Path, cfg: RunConfig, state: State, train_state: dict[str, Any]) -> Path:
-    """Commit checkpoints/<step>, then drop the oldest beyond `checkpoint.keep`.
-
-    Of several processes the first writes; the others take part in gathering the state and wait.
-    """
-    step = int(state.step)
-    folder = step_folder(run, step)
-    state = _gathered(state)
-    if processes().first:
-        _write_step(run, folder, cfg, step, state, train_state)
-    barrier("saved")
-    return folder
-
-
-def _gathered(state: State) -> State:
-    """The state where one process can read all of it."""
-    if processes().count == 1:
-        return state
-
-    def whole(leaf: jax.Array) -> Any:
-        if leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return np.asarray(leaf)
-        return multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.tree.map(whole, state)
-
-
-def _write_step(
-    run: Path, folder: Path, cfg: RunConfig, step: int, state: State, train_state: dict[str, Any]
-) -> None:
-    save_checkpoint(
-        folder,
-        cfg.model,
-        {"params": state.params, "router": state.router},
-        step=step,
-        optimizer={name: optax.tree_utils.tree_get(state.opt_state, name) for name in _MOMENTS},
-        train_state=train_state,
-        tokenizer_dir=run / TOKENIZER if (run / TOKENIZER).is_dir() else None,
-        hf_dir=run / HF if (run / HF).is_dir() else None,
-    )
-    if cfg.checkpoint.keep:
-        for old in steps_of(run)[: -cfg.checkpoint.keep]:
-            _remove(step_folder(run, old))
-
-
-def _remove(folder: Path) -> None:
-    # First out of sight, so that a kill in the middle leaves no half of a step.
-    doomed = folder.with_name(f".{folder.name}.writing-removed")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def restore_step(
@@ -92,43 +37,63 @@ def restore_step(
 ) -> tuple[State, dict[str, Any]] | None:
     """State and train_state of the newest good step, or None where there is none.
 
-    Every byte is compared with the manifest. A bad newer step is renamed to N.corrupt, and that is said.
+    Every byte is compared with the manifest, by several processes together; they use the same step. A bad newer step
+    is renamed to N.corrupt, and that is said.
     """
-    step = from_first("restore", lambda: _newest_good(run, say))
+    step = newest_good_step(run, say)
     if step is None:
         return None
     want = abstract_state(cfg, mesh)
     loaded = load_checkpoint(
         step_folder(run, step),
         {"params": want.params, "router": want.router},
-        optimizer_abstract={name: optax.tree_utils.tree_get(want.opt_state, name) for name in _MOMENTS},
+        optimizer_abstract={name: optax.tree_utils.tree_get(want.opt_state, name) for name in MOMENTS},
     )
     if loaded.train_state is None:
         raise DataError(f"{step_folder(run, step)}: holds no train_state.json")
     state = State(
-        jax.device_put(jax.numpy.int32(step), want.step.sharding),
+        _everywhere(np.int32(step), want.step),
         loaded.variables["params"],
         loaded.variables["router"],
         optax.tree_utils.tree_set(want.opt_state, **loaded.optimizer),
+        jax.tree.map(_everywhere, guard_from_json(loaded.train_state.get("guard")), want.guard),
     )
     return state, loaded.train_state
 
 
-def _newest_good(run: Path, say: Say) -> int | None:
-    checkpoints = run / "checkpoints"
-    if not checkpoints.is_dir():
-        return None
-    remove_leftovers(checkpoints)
-    step, bad = latest_step(run, hashes=True)
-    for number, problems in bad.items():
-        aside = set_aside(step_folder(run, number))
-        say(f"WARNING: checkpoint {number} is damaged and set aside as {aside.name}: {problems[0]}")
-    if step is None:
-        if bad:
-            say("WARNING: no good checkpoint is left; the run begins again at step 1")
-    elif bad:
-        say(f"WARNING: going back to the checkpoint of step {step}")
-    return step
+def newest_good_step(run: Path, say: Say) -> int | None:
+    """The newest step of which every byte is right, the same in all processes; bad newer ones are set aside."""
+    group = processes()
+    if group.first and (run / "checkpoints").is_dir():
+        remove_leftovers(run / "checkpoints")
+    seen = group.exchange("restore/steps", steps_of(run))
+    if any(steps != seen[0] for steps in seen):
+        raise StorageError(
+            f"{run}: the processes see different steps there ({seen}): it must be a shared folder"
+        )
+    bad = False
+    for step in reversed(seen[0]):
+        folder = step_folder(run, step)
+        share = group.index, group.count
+        found = group.together("restore/verify", lambda: validate_step(folder, hashes=True, share=share)[:20])  # noqa: B023
+        problems = [problem for part in found for problem in part]
+        if not problems:
+            if bad:
+                say(f"WARNING: going back to the checkpoint of step {step}")
+            return step
+        bad = True
+        (aside, *_) = group.together(
+            "restore/aside",
+            lambda: set_aside(folder).name if group.first else None,  # noqa: B023
+        )
+        say(f"WARNING: checkpoint {step} is damaged and set aside as {aside}: {problems[0]}")
+    if bad:
+        say("WARNING: no good checkpoint is left; the run begins again at step 1")
+    return None
+
+
+def _everywhere(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
 
 
 def open_init(cfg: RunConfig) -> Source | None:

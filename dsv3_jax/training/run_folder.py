@@ -22,6 +22,7 @@ _OURS = {CONFIG, METRICS, REPORT, TOKENIZER, HF, TENSORBOARD, "checkpoints", ".l
 _MAY_DIFFER = (
     "training.steps",
     "training.watchdog_minutes",
+    "training.spike_guard",
     "checkpoint.",
     "logging.",
     "run.",

@@ -31,6 +31,7 @@ from dsv3_jax.parallel.leaves import (
     sharded_like,
     storage_shardings,
 )
+from dsv3_jax.training.guards import Guard, init_guard, judge, remember
 from dsv3_jax.training.losses import Parts, Totals, count_totals, loss_fn, next_token_loss
 from dsv3_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -48,12 +49,14 @@ class State:
       params: float32 master weights.
       router: selection biases of the balance rule.
       opt_state: moments.
+      guard: losses and gradient norms of the last applied steps.
     """
 
     step: Array
     params: Any
     router: Any
     opt_state: Any
+    guard: Guard
 
 
 def shards_of(mesh: jax.sharding.Mesh) -> int:
@@ -89,6 +92,7 @@ def state_shardings(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:
         where["params"],
         where["router"],
         sharded_like(opt_state, variables["params"], where["params"], everywhere),
+        jax.tree.map(lambda _: everywhere, jax.eval_shape(init_guard)),
     )
 
 
@@ -103,7 +107,7 @@ def init_state(cfg: RunConfig, mesh: jax.sharding.Mesh, variables: Any = None) -
     def start(variables: Any) -> State:
         params = variables["params"]
         opt_state = make_optimizer(cfg.optimizer).init(params)
-        return State(jnp.zeros((), jnp.int32), params, variables["router"], opt_state)
+        return State(jnp.zeros((), jnp.int32), params, variables["router"], opt_state, init_guard())
 
     return jax.jit(start, out_shardings=where, donate_argnums=0)(jax.device_put(variables, weights))
 
@@ -114,7 +118,9 @@ def abstract_state(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:
     def start() -> State:
         variables = init_variables(cfg.model, jax.random.key(0))
         opt_state = make_optimizer(cfg.optimizer).init(variables["params"])
-        return State(jnp.zeros((), jnp.int32), variables["params"], variables["router"], opt_state)
+        return State(
+            jnp.zeros((), jnp.int32), variables["params"], variables["router"], opt_state, init_guard()
+        )
 
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -131,8 +137,9 @@ def make_train_step(
     Raises ConfigError when the batch cannot be cut into devices times micro-batches.
 
     Metrics: loss, ce_loss, mtp_loss, balance_loss, grad_norm (before clipping), lr, tokens (real tokens of the
-    batch), skipped (1 when loss or gradient was not finite and the state was left as it was), maxvio (mean over
-    expert layers), router_entropy (mean over layers and tokens, nats), dropped, expert_counts_LE.
+    batch), skipped (1 when loss or gradient was not finite or a spike, so that weights and moments were left as they
+    were), spike (1 when it was that), maxvio (mean over expert layers), router_entropy (mean over layers and tokens,
+    nats), dropped, expert_counts_LE.
     """
     parts, accumulate = shards_of(mesh), cfg.training.accumulate
     if cfg.training.batch_size % (parts * accumulate):
@@ -162,8 +169,8 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
         router = balance_update(cfg.model, state.router, sums.counts_LE, cfg.training.balance_update_rate)
         # A select, never a product: 0 * NaN is NaN.
-        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        kept = jax.tree.map(
+        ok, spike = judge(state.guard, loss, grad_norm, cfg.training.spike_guard)
+        params, router, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old),
             (params, router, opt_state),
             (state.params, state.router, state.opt_state),
@@ -177,9 +184,11 @@ def make_train_step(
             "lr": lr,
             "tokens": totals.tokens,
             "skipped": 1 - ok.astype(jnp.int32),
+            "spike": spike.astype(jnp.int32),
             **routing_metrics(sums, totals),
         }
-        return jax.lax.with_sharding_constraint(State(step, *kept), where), metrics
+        guard = remember(state.guard, ok, loss, grad_norm)
+        return jax.lax.with_sharding_constraint(State(step, params, router, opt_state, guard), where), metrics
 
     return train_step
 

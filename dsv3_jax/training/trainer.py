@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from dsv3_jax.training.data import Batches, TokenDataset
 from dsv3_jax.training.metrics import MetricsLog, Pace, Record, TensorBoard, record_of, step_line
 from dsv3_jax.training.prepare import prepare_default
 from dsv3_jax.training.report import write_report
-from dsv3_jax.training.restore import init_notes, init_weights, open_init, restore_step, save_step
+from dsv3_jax.training.restore import init_notes, init_weights, open_init, restore_step
 from dsv3_jax.training.run_folder import (
     HF,
     METRICS,
@@ -36,6 +37,7 @@ from dsv3_jax.training.run_folder import (
     RunFolder,
     open_run_folder,
 )
+from dsv3_jax.training.saving import Saver
 from dsv3_jax.training.sources import NAMED_SOURCES
 from dsv3_jax.training.step import (
     State,
@@ -47,14 +49,14 @@ from dsv3_jax.training.step import (
 )
 from dsv3_jax.training.watchdog import Watchdog
 
-NOT_FINITE = 76  # exit code
-NOT_FINITE_LIMIT = 10  # steps in a row that could not be applied
+NOT_APPLIED = 76  # exit code
+NOT_APPLIED_LIMIT = 10  # steps in a row that were not applied: not finite, or spikes
 
 
 def say(text: str) -> None:
     """One line to the terminal, at once; of several processes the first speaks."""
     if processes().first:
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)  # in one piece: a save in the background speaks too
 
 
 class StopSignals:
@@ -125,6 +127,10 @@ class Trainer:
         self.train_data, self.val_data, tokenizer_dir = first_then_all(
             "data", lambda: _open_data(cfg, self._init_tokenizer(source))
         )
+        if cfg.checkpoint.keep_best and self.val_data is None:
+            raise ConfigError(
+                f"checkpoint.keep_best is {cfg.checkpoint.keep_best}, but the data has no held-out part"
+            )
         self.batches = Batches(
             self.train_data,
             cfg.training.batch_size,
@@ -138,10 +144,11 @@ class Trainer:
             self._bring_files(source, tokenizer_dir)
         barrier("files of the run")
         self.byte_lengths_V = _byte_lengths(self.path / TOKENIZER, cfg.model.vocab_size)
-        self.tokens, self.not_finite = 0, 0
+        self.tokens, self.not_applied = 0, 0
         self.state = self._first_state(source)
         folder.save_config(cfg)
         self.log = MetricsLog(self.path / METRICS) if self.group.first else None
+        self.saver = Saver(self.path, cfg, say)
         self.watchdog = Watchdog(60 * cfg.training.watchdog_minutes)
         self._step = jax.jit(step, donate_argnums=0)
         self._eval = jax.jit(make_eval_step(cfg, self.mesh))
@@ -186,7 +193,7 @@ class Trainer:
         if restored is not None:
             state, saved = restored
             self.batches.restore(saved["data"])
-            self.tokens, self.not_finite = saved["tokens"], saved["not_finite"]
+            self.tokens, self.not_applied = saved["tokens"], saved["not_finite"]
             say(f"resuming after step {int(state.step)}")
             return state
         if source is None and self.cfg.init.checkpoint is not None:
@@ -209,16 +216,28 @@ class Trainer:
                 self._announce()
             with self.watchdog:
                 code = self._steps(start)
+                self.saver.wait()
+        finally:
+            self._close()
+        if code == 0 and self.group.first and (self.saver.saved or not (self.path / REPORT).exists()):
+            write_report(self.path)
+            say(f"report: {self.path / REPORT}")
+        return code
+
+    def _close(self) -> None:
+        failing = sys.exc_info()[1] is not None
+        try:
+            self.saver.wait()
+        except Exception as error:
+            if not failing:
+                raise
+            say(f"error: the checkpoint could not be saved either: {error}")  # what failed first is raised
         finally:
             self.batches.close()
             if self.log is not None:
                 self.log.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
-        if code == 0 and self.group.first and (self._saved or not (self.path / REPORT).exists()):
-            write_report(self.path)
-            say(f"report: {self.path / REPORT}")
-        return code
 
     def _announce(self) -> None:
         params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
@@ -227,12 +246,12 @@ class Trainer:
             f"{self.train_data.n_inputs:,} tokens an epoch; compiling the step"
         )
 
-    _saved = False
-
     def _steps(self, start: int) -> int:
         cfg, pending = self.cfg, None
         steps, alone = cfg.training.steps, self.group.count == 1
         for step in range(start + 1, steps + 1):
+            if alone:
+                self.saver.check()
             if alone and self.signals.asked and step == start + 1:
                 say(f"stopped before step {step}; nothing new to save")
                 return 0
@@ -243,33 +262,37 @@ class Trainer:
             if pending is not None:  # its metrics are fetched while the device is busy with this step
                 self._record(pending)
             pending = _Pending(step, metrics)
-            stop = (
-                self.group.stop_at(step, self.signals.asked is not None)
-                or self.not_finite >= NOT_FINITE_LIMIT
-            )
-            every = cfg.training.eval_every
-            evaluate = step == steps or (every and step % every == 0)
+            # A save that failed in one of several processes failed in all: they leave after the same step.
+            asked = self.signals.asked is not None or self.saver.failed
+            stop = self.group.stop_at(step, asked) or self.not_applied >= NOT_APPLIED_LIMIT
             save = stop or step == steps or step % cfg.checkpoint.every == 0
-            if not (evaluate or save):
+            if not (self._evaluates(step) or save):
                 continue
-            self._record(pending, evaluate=bool(evaluate))
+            record = self._record(pending, evaluate=self._evaluates(step))
             pending = None
-            if self.not_finite >= NOT_FINITE_LIMIT:
+            if self.not_applied >= NOT_APPLIED_LIMIT:
                 say(
-                    f"error: loss or gradient was not finite in {self.not_finite} steps in a row (the last is {step}); "
-                    "none of them was applied, nothing was saved. Try a lower optimizer.lr or look at the data."
+                    f"error: loss or gradient was not finite or a spike in {self.not_applied} steps in a row (the last "
+                    f"is {step}); none of them was applied, nothing was saved. Try a lower optimizer.lr or look at the "
+                    "data; to begin again from an older checkpoint, remove the newer ones."
                 )
-                return NOT_FINITE
+                return NOT_APPLIED
             if save:
-                self._save(step)
+                self._save(step, record)
             self._clock = time.perf_counter()
             if stop and step < steps:
+                self.saver.wait()
                 who = self.signals.asked or "another process was asked to stop"
                 say(f"{who}: step {step} is saved; start again on the same folder to go on")
                 return 0
         return 0
 
-    def _record(self, pending: _Pending, *, evaluate: bool = False) -> None:
+    def _evaluates(self, step: int) -> bool:
+        every = self.cfg.training.eval_every
+        best = self.cfg.checkpoint.keep_best > 0 and step % self.cfg.checkpoint.every == 0
+        return step == self.cfg.training.steps or bool(every and step % every == 0) or best
+
+    def _record(self, pending: _Pending, *, evaluate: bool = False) -> Record:
         """Fetch a step's metrics, write its line, count steps that were not applied."""
         record = record_of(pending.step, jax.device_get(pending.metrics))
         self.watchdog.beat()
@@ -281,7 +304,7 @@ class Trainer:
         record.update(tokens=self.tokens, tokens_per_s=count / seconds, seconds=seconds)
         if evaluate:
             record.update(self._evaluate())
-        self.not_finite = self.not_finite + 1 if record["skipped"] else 0
+        self.not_applied = self.not_applied + 1 if record["skipped"] else 0
         if self.log is not None:
             self.log.write(record)
         if self.tensorboard is not None:
@@ -294,21 +317,22 @@ class Trainer:
             or record["skipped"]
         ):
             say(step_line(record, steps, self.pace.left(steps - pending.step)))
+        return record
 
-    def _save(self, step: int) -> None:
-        if self.log is not None:
-            self.log.sync()
+    def _save(self, step: int, record: Record) -> None:
         train_state = {
             "step": step,
             "data": self.batches.state(),
             "seed": self.cfg.seed,
             "tokens": self.tokens,
-            "not_finite": self.not_finite,
+            "not_finite": self.not_applied,
         }
-        folder = save_step(self.path, self.cfg, self.state, train_state)
-        self._saved = True
+        self.saver.save(self.state, train_state, before=self._sync_log, val_loss=record.get("val_loss"))
         self.watchdog.beat()
-        say(f"saved {folder}")
+
+    def _sync_log(self) -> None:  # metrics.jsonl is on the disk before the step appears
+        if self.log is not None:
+            self.log.sync()
 
     def _evaluate(self) -> Record:
         """Loss on held-out data, its perplexity, and bits per byte where the tokenizer stands for bytes."""

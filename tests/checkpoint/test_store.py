@@ -13,7 +13,8 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from dsv3_jax.checkpoint.store import load_tree, open_leaf, save_tree, tree_paths
+from dsv3_jax.checkpoint import load_tree, open_leaf, save_tree
+from dsv3_jax.checkpoint.store import tree_paths
 from dsv3_jax.errors import DataError
 
 RNG = np.random.default_rng(0)

@@ -6,16 +6,18 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.training.guards import WINDOW, Guard
 from dsv3_jax.training.step import batch_sharding, init_state, make_eval_step, make_train_step
 from tests.training import tiny
 
 # A low learning rate: Adam's first steps are sign-like and would amplify rounding into another choice of experts.
-RUN = tiny.replace(tiny.RUN, "optimizer", lr=1e-3)
+RUN = tiny.replace(tiny.replace(tiny.RUN, "optimizer", lr=1e-3), "training", spike_guard=20.0)
 
 
 @functools.cache
@@ -104,6 +106,24 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad: float) -> 
     )
     _, metrics = step(state, _put(cfg, devices))
     assert int(metrics["skipped"]) == 0
+
+
+def test_a_spike_is_not_applied_and_counted() -> None:
+    cfg, devices, step = _compiled(1, (1, 1, 1))
+    state, metrics = step(init_state(cfg, devices), _put(cfg, devices))
+    assert int(metrics["spike"]) == 0 and int(state.guard.count) == 1
+    past = Guard(jnp.full(WINDOW, 0.1), jnp.full(WINDOW, 1e3), jnp.int32(WINDOW))
+    after, metrics = step(state.replace(guard=past), _put(cfg, devices))
+    assert int(metrics["spike"]) == int(metrics["skipped"]) == 1
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.params, after.router, after.opt_state, after.guard),
+        (state.params, state.router, state.opt_state, past),
+    )
+    calm = Guard(jnp.full(WINDOW, 1e3), jnp.full(WINDOW, 1e3), jnp.int32(WINDOW))
+    after, metrics = step(state.replace(guard=calm), _put(cfg, devices))
+    assert int(metrics["skipped"]) == 0 and int(after.guard.count) == WINDOW + 1
+    assert float(after.guard.losses[0]) == float(metrics["loss"])
 
 
 def test_evaluation_gives_the_training_cross_entropy() -> None:

@@ -37,6 +37,7 @@ from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.prepare import prepare
 from dsv3_jax.training.restore import init_notes, init_weights, open_init
 from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.training.saving import read_best
 from dsv3_jax.training.sources import Document
 from dsv3_jax.training.trainer import train
 from tests.training import tiny
@@ -67,14 +68,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(data: Path, run: Path, **training: Any) -> RunConfig:
-    values: dict[str, Any] = dict(steps=STEPS, batch_size=8, seq_len=16, remat="none", eval_batches=1)
+    values: dict[str, Any] = dict(
+        steps=STEPS, batch_size=8, seq_len=16, remat="none", eval_every=2, eval_batches=1
+    )
     return RunConfig(
         model=MODEL,
         run=RunSection(dir=str(run)),
         data=DataConfig(source=str(data)),
         training=TrainingConfig(**(values | training)),
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=2),
-        checkpoint=CheckpointConfig(every=2, keep=2),
+        checkpoint=CheckpointConfig(every=2, keep=2, keep_best=1),
         logging=LoggingConfig(every=1),
         seed=5,
     )
@@ -124,7 +127,12 @@ def _same_end(run: Path, whole: Path) -> None:
 def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()} - {".lock"}
     assert names == {"config.yaml", "metrics.jsonl", "report.html", "tokenizer", "checkpoints"}
-    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["4", "6"]  # and 2 is gone
+    losses = {r["step"]: r["val_loss"] for r in read_metrics(finished / "metrics.jsonl") if "val_loss" in r}
+    assert list(losses) == [2, 4, 6]
+    best = min(losses, key=losses.__getitem__)
+    assert read_best(finished) == {best: losses[best]}
+    kept = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert kept == {"4", "6", str(best), "best.json"}
     record = read_metrics(finished / "metrics.jsonl")[-1]
     assert {
         "step",
@@ -168,7 +176,15 @@ def test_a_damaged_newest_step_is_set_aside_and_said(
 def test_killed_and_stopped_runs_end_with_the_same_bits(data: Path, finished: Path, tmp_path: Path) -> None:
     run, config = tmp_path / "run", tmp_path / "config.yaml"
     config.write_text(dump_yaml(to_mapping(_config(data, run))))
-    flags = ["--run.dir", str(run), "--checkpoint.every=1", "--checkpoint.keep", "0"]
+    flags = [
+        "--run.dir",
+        str(run),
+        "--checkpoint.every=1",
+        "--checkpoint.keep",
+        "0",
+        "--checkpoint.keep_best",
+        "0",
+    ]
 
     def start(last_line: str, number: int | None) -> int:
         """Run until a line begins like `last_line`, then send the signal; the exit code."""
@@ -231,7 +247,7 @@ def test_a_folder_with_something_else_is_refused(data: Path, tmp_path: Path) -> 
 def test_too_many_steps_in_a_row_that_are_not_finite_end_with_76_and_save_nothing(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "NOT_FINITE_LIMIT", 4)
+    monkeypatch.setattr(trainer, "NOT_APPLIED_LIMIT", 4)
     variables = jax.jit(functools.partial(init_variables, MODEL))(jax.random.key(0))
     variables["params"]["final_norm_D"] = variables["params"]["final_norm_D"] * np.inf
     save_checkpoint(tmp_path / "weights", MODEL, variables)
@@ -240,7 +256,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_with_76_and_save_nothin
     cfg = tiny.replace(cfg, "checkpoint", every=100)
     assert train(cfg) == 76
     out = capfd.readouterr().out
-    assert "not finite in " in out and "NOT APPLIED" in out
+    assert "not finite or a spike in " in out and "NOT APPLIED" in out
     assert not (run / "checkpoints").exists()
     records = read_metrics(run / "metrics.jsonl")
     assert 4 <= len(records) <= 5 and records[0]["loss"] is None and records[0]["skipped"] == 1
