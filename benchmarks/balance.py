@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import environment
+from benchmarks.figures import standalone
 from dsv3_jax.cli import load_run_config
 from dsv3_jax.config import RunConfig
 from dsv3_jax.errors import run_main
-from dsv3_jax.training.charts import Series, line_chart, smoothed, standalone
+from dsv3_jax.training.charts import Series, line_chart, smoothed
 from dsv3_jax.training.metrics import Record, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
