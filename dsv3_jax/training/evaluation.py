@@ -13,6 +13,7 @@ from jax import lax
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Transformer
+from dsv3_jax.parallel.dispatch import Dispatch
 from dsv3_jax.training.losses import (
     IGNORED,
     Logits,
@@ -49,11 +50,17 @@ class EvalSums:
 
 
 def evaluation_sums(
-    params: Any, router: Any, batch: Mapping[str, Array], cfg: ModelConfig, chunk: int
+    params: Any,
+    router: Any,
+    batch: Mapping[str, Array],
+    cfg: ModelConfig,
+    chunk: int,
+    dispatch: Dispatch | None = None,
 ) -> EvalSums:
     """The sums of a batch as `loss_fn` takes it; `chunk` tokens' logits exist at a time."""
-    model = Transformer(cfg)
-    nats, out = next_token_loss(model, params, router, batch, chunk)
+    model = Transformer(cfg, dispatch=dispatch)
+    main_head, mtp_head = heads(cfg, params)
+    nats, out = next_token_loss(model, params, router, batch, chunk, main_head)
     targets = jnp.sum(batch["targets_BT"] >= 0, dtype=jnp.int32)
     zero = jnp.zeros((), jnp.int32)
     if not cfg.num_nextn_predict_layers:
@@ -62,7 +69,6 @@ def evaluation_sums(
     where = {"positions_BT": batch["positions_BT"], "segments_BT": batch["segments_BT"]}
     variables = {"params": params, "router": router}
     ahead: Any = model.apply(variables, out.hidden_BTD, inputs_LBT, **where, method="mtp")
-    main_head, mtp_head = heads(cfg, params)
     logits = functools.partial(mtp_logits, model, 0)
     mtp_nats = over_tokens(logits, mtp_head, ahead.hidden_LBTD[0], targets_LBT[0], chunk)
     drafts_BT = most_probable(logits, mtp_head, ahead.hidden_LBTD[0], chunk)

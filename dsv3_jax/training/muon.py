@@ -32,7 +32,7 @@ _NOT_MUON = re.compile(r"/(embed|head|router)_[A-Z]+$")
 class MuonState(NamedTuple):
     """count: int32 updates done; mu: momentum of every leaf; nu: second moment of the leaves that AdamW updates."""
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # tuple.count
     mu: Any
     nu: Any
 

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import OptimizerConfig, dims
 from dsv3_jax.hf.rules import flatten_paths, hf_entries, rule_for
 from dsv3_jax.model import abstract_variables, init_variables
-from dsv3_jax.parallel import storage_spec
+from dsv3_jax.parallel.leaves import storage_shardings
 from dsv3_jax.training.muon import matrix_axes, newton_schulz, spread
 from dsv3_jax.training.optimizer import make_optimizer
 from tests.training import tiny
@@ -141,13 +140,7 @@ def test_on_eight_devices_the_update_is_that_of_one() -> None:
     want, want_state = update(grads, start, params)
     mesh = tiny.mesh(1, 4, 2)
     many = make_optimizer(MUON, mesh)
-    where = {
-        path: NamedSharding(mesh, storage_spec(path, leaf, mesh))
-        for path, leaf in flatten_paths(params, "params").items()
-    }
-    shardings = jax.tree_util.tree_map_with_path(
-        lambda path, _: where["params/" + jax.tree_util.keystr(path, simple=True, separator="/")], params
-    )
+    shardings = storage_shardings({"params": params}, mesh)["params"]
     placed, placed_grads = jax.device_put(params, shardings), jax.device_put(grads, shardings)
     moments = jax.jit(many.init)(placed)
     compiled = (
