@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax.training.charts import Series, heat_map, line_chart, smoothed
+from dsv3_jax.training.charts import Series, line_chart, smoothed
+from dsv3_jax.training.heat import frame_count, heat_over_time
 from dsv3_jax.training.histogram import histogram
 from dsv3_jax.training.metrics import Record
 
@@ -134,13 +135,16 @@ def _heat_card(records: Sequence[Record], config: Mapping[str, Any]) -> list[str
     have = [record for record in records if record.get("expert_counts")]
     if not have:
         return []
-    last = have[-max(len(have) // 20, min(len(have), 10)) :]
-    load_LE = np.mean([record["expert_counts"] for record in last], axis=0)
     depth = config["model"].get("num_nextn_predict_layers", 0)
-    main = load_LE.shape[0] - depth
+    L, E = np.asarray(have[-1]["expert_counts"]).shape
+    main = L - depth
     first = config["model"].get("num_hidden_layers", main) - main
     names = [f"layer {first + row}" for row in range(main)] + [f"mtp {k}" for k in range(depth)]
-    note = (
-        f"tokens of each expert over the mean of its layer, steps {last[0]['step']:,} to {last[-1]['step']:,}"
-    )
-    return [card("Expert load", heat_map(load_LE, names), "wide", note)]
+    frames = []
+    for part in np.array_split(np.arange(len(have)), frame_count(L, E, len(have))):
+        load_LE = np.mean([have[at]["expert_counts"] for at in part], axis=0)
+        frames.append((f"steps {have[part[0]]['step']:,} to {have[part[-1]]['step']:,}", load_LE))
+    note = f"tokens of each expert over the mean of its layer, {frames[-1][0]}"
+    if len(frames) > 1:
+        note = "tokens of each expert over the mean of its layer; the slider goes through the run"
+    return [card("Expert load", heat_over_time(frames, names), "wide", note)]

@@ -15,7 +15,8 @@ import pytest
 from dsv3_jax.config import dump_yaml, to_mapping
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.model.counts import flops_per_token, leaves, train_flops_per_token
-from dsv3_jax.training.charts import Series, heat_map, line_chart, nice_ticks, number, smoothed
+from dsv3_jax.training.charts import Series, line_chart, nice_ticks, number, smoothed
+from dsv3_jax.training.heat import frame_count, heat_map, heat_over_time
 from dsv3_jax.training.histogram import histogram
 from dsv3_jax.training.metrics import MetricsLog, Speed, read_metrics, record_of, step_line
 from dsv3_jax.training.report import write_report
@@ -100,6 +101,7 @@ def test_report_is_one_well_formed_page_from_metrics_and_config_alone(tmp_path: 
         "drafts",
         "Peak memory",
         "Time of a step",
+        'type="range"',
         "held-out",
         "q_lora_rank",
     ):
@@ -165,3 +167,14 @@ def test_heat_map_colours_show_load_over_the_mean() -> None:
     assert "expert 0: 0.00 x mean" in svg and "expert 2: 2.00 x mean" in svg
     fills = [part.split('"')[0] for part in svg.split('fill="')[1:4]]
     assert fills == ["#3168ba", "#e2e4e6", "#c6392d"]
+
+
+def test_the_slider_carries_every_frame_in_levels_and_loads_nothing() -> None:
+    loads = [np.array([[0.0, 1.0, 2.0]]), np.array([[1.0, 1.0, 1.0]]), np.array([[9.0, 0.0, 0.0]])]
+    html = heat_over_time([(f"steps {n}", load) for n, load in enumerate(loads)], ["layer 0"])
+    data = json.loads(html.split('<script type="application/json">')[1].split("</script>")[0])
+    assert [frame["loads"] for frame in data["frames"]] == ["0iz", "iii", "z00"]
+    assert (data["colors"][0], data["colors"][35]) == ("#3168ba", "#c6392d") and 'max="2" value="2"' in html
+    assert "expert 0: 3.00 x mean" in html and "http" not in html  # the last frame is the one drawn
+    assert "<input" not in heat_over_time([("steps 1 to 3", loads[0])], ["layer 0"])
+    assert (frame_count(4, 32, 500), frame_count(58, 256, 10**6), frame_count(3, 8, 6)) == (24, 24, 1)
