@@ -7,8 +7,10 @@ Embedding, head, router, norms and biases are updated by AdamW.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -123,14 +125,14 @@ def _orthogonal(
 ) -> Array:
     batch = x.ndim - sum(axes)
     matrices = x.reshape(*x.shape[:batch], math.prod(x.shape[batch : batch + axes[0]]), -1)
+    whole: Callable[[Array], Array] = lambda y: y
     if mesh is not None and mesh.size > 1:
-        letters = axes_of(path, x)[:batch]
-        matrices = jax.lax.with_sharding_constraint(
-            matrices, NamedSharding(mesh, spread(letters, x.shape[:batch], mesh))
-        )
+        spec = spread(axes_of(path, x)[:batch], x.shape[:batch], mesh)
+        whole = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, spec))
+    # Before and after: the partitioner would else give the iteration the layout of what it is added to.
+    result = whole(newton_schulz(whole(matrices), optimizer.muon_steps, jnp.dtype(optimizer.muon_dtype)))
     scale = UPDATE_RMS * math.sqrt(max(matrices.shape[-2:]))
-    whole = newton_schulz(matrices, optimizer.muon_steps, jnp.dtype(optimizer.muon_dtype))
-    return (whole.astype(jnp.float32) * scale).reshape(x.shape)
+    return (result.astype(jnp.float32) * scale).reshape(x.shape)
 
 
 def spread(letters: tuple[str, ...], sizes: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
