@@ -125,7 +125,7 @@ def _orthogonal(
 ) -> Array:
     batch = x.ndim - sum(axes)
     matrices = x.reshape(*x.shape[:batch], math.prod(x.shape[batch : batch + axes[0]]), -1)
-    whole: Callable[[Array], Array] = lambda y: y
+    whole: Callable[[Array], Array] = _same
     if mesh is not None and mesh.size > 1:
         spec = spread(axes_of(path, x)[:batch], x.shape[:batch], mesh)
         whole = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, spec))
@@ -133,6 +133,10 @@ def _orthogonal(
     result = whole(newton_schulz(whole(matrices), optimizer.muon_steps, jnp.dtype(optimizer.muon_dtype)))
     scale = UPDATE_RMS * math.sqrt(max(matrices.shape[-2:]))
     return (result.astype(jnp.float32) * scale).reshape(x.shape)
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 def spread(letters: tuple[str, ...], sizes: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
