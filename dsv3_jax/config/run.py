@@ -53,10 +53,22 @@ class TrainingConfig:
     """Tokens a sequence."""
     accumulate: int = 1
     """Micro-batches a step; batch_size is divided by it."""
+    batch_ramp_start: int = 0
+    """Global batch of the first step, from which it grows to batch_size; 0: batch_size from the start (V3: 3072)."""
+    batch_ramp_steps: int = 0
+    """Steps until the batch is batch_size (V3: over the first 469B tokens)."""
+    batch_ramp_sizes: int = 5
+    """Sizes of the ramp, evenly spaced, first and last included; the step is compiled once for each."""
     mtp_loss_weight: float = 0.3
     """Weight of the multi-token-prediction loss (V3 report: 0.3, later 0.1)."""
+    mtp_late_weight: float | None = None
+    """Its weight after mtp_late_fraction of the run's samples (V3: 0.1); null keeps mtp_loss_weight."""
+    mtp_late_fraction: float = 10.0 / 14.8
+    """Share of the run before mtp_late_weight holds (V3: 10T of 14.8T tokens)."""
     balance_update_rate: float = 1e-3
     """u of the aux-loss-free balance rule (arXiv 2408.15664); 0 freezes the bias."""
+    balance_stop_fraction: float = 1.0
+    """Share of the run's samples after which that rate is 0 (V3: 14.3T of 14.8T tokens, 0.9662)."""
     balance_loss_alpha: float = 1e-4
     """Weight of the sequence-wise balance loss (V3 report, eq. 17-20)."""
     loss_chunk: int = 1024
@@ -90,17 +102,49 @@ class TrainingConfig:
             self.accumulate,
             f"a divisor of training.batch_size = {self.batch_size}",
         )
+        for name in ("mtp_late_fraction", "balance_stop_fraction"):
+            _require(0 <= getattr(self, name) <= 1, f"training.{name}", getattr(self, name), "0 to 1")
+        late = self.mtp_late_weight
+        _require(late is None or late >= 0, "training.mtp_late_weight", late, "null or 0 or more")
+        if self.batch_ramp_start:
+            self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        first, last, steps, sizes = (
+            self.batch_ramp_start,
+            self.batch_size,
+            self.batch_ramp_steps,
+            self.batch_ramp_sizes,
+        )
+        _require(2 <= sizes <= 16, "training.batch_ramp_sizes", sizes, "2 to 16")
+        _require(
+            steps >= sizes - 1, "training.batch_ramp_steps", steps, f"{sizes - 1} or more, a step a size"
+        )
+        grain = (sizes - 1) * self.accumulate
+        _require(
+            0 < first < last and (last - first) % grain == 0 and first % self.accumulate == 0,
+            "training.batch_ramp_start",
+            first,
+            f"a multiple of training.accumulate = {self.accumulate} below training.batch_size = {last}, from which "
+            f"{sizes - 1} equal steps of such multiples lead to it",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimiser and its schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the layers by orthogonalised momentum (arXiv 2502.16982); embedding, head, router, norms
+    and biases by AdamW, with the same learning rate and decay."""
     lr: float = 3e-4
     """Peak learning rate."""
-    schedule: Literal["cosine", "v3", "constant"] = "cosine"
-    """cosine: warm-up, then cosine to lr * min_lr_ratio at the last step. v3: warm-up, constant, cosine decay,
-    then two constant levels in the proportions of the V3 report (section 4.2). constant: warm-up only."""
+    schedule: Literal["cosine", "wsd", "v3", "constant"] = "cosine"
+    """cosine: warm-up, then cosine to lr * min_lr_ratio at the last step. wsd: warm-up, constant, 1 - sqrt decay to
+    lr * min_lr_ratio over decay_fraction. v3: warm-up, constant, cosine decay, then two constant levels in the
+    proportions of the V3 report (section 4.2). constant: warm-up only."""
+    decay_fraction: float = 0.2
+    """Last share of the run's samples in which wsd decays."""
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1
     b1: float = 0.9
@@ -110,14 +154,28 @@ class OptimizerConfig:
     """On matrices only; norms and biases are not decayed."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 never clips."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the moments are kept in between steps (the V3 report keeps AdamW's in bfloat16)."""
+    muon_momentum: float = 0.95
+    muon_steps: int = 5
+    """Newton-Schulz iterations."""
+    muon_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What Newton-Schulz computes in; bfloat16, as published, is much cheaper on GPUs."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optimizer.lr", self.lr, "a number above 0")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
-        for name in ("b1", "b2", "min_lr_ratio"):
+        for name in ("b1", "b2", "min_lr_ratio", "muon_momentum"):
             _require(0 <= getattr(self, name) <= 1, f"optimizer.{name}", getattr(self, name), "0 to 1")
         _require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
+        _require(
+            0 < self.decay_fraction <= 1,
+            "optimizer.decay_fraction",
+            self.decay_fraction,
+            "above 0 and at most 1",
+        )
+        _require(self.muon_steps >= 1, "optimizer.muon_steps", self.muon_steps, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

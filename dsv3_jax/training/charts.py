@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines over steps and a heat map. Colours come from the page's CSS variables."""
+"""Charts of lines over steps as inline SVG. Colours come from the page's CSS variables."""
 
 from __future__ import annotations
 
@@ -166,66 +166,3 @@ def number(value: float) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if size < 10 else f"{value:.1f}".removesuffix(".0")
-
-
-def heat_map(load_LE: np.ndarray, names: Sequence[str]) -> str:
-    """Layers by experts; colour is load over the layer's mean, 1 neutral, 0 blue, 2 and more red.
-
-    Args:
-      load_LE: tokens (or a mean of them) each expert got.
-      names: of the rows.
-    """
-    L, E = load_LE.shape
-    ratio_LE = load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-9)
-    left, top, bottom = 66, 4, 40
-    cell = (2 * WIDTH - left - 12) / E
-    tall = max(min(cell, 26.0), 10.0)
-    height = top + L * tall + bottom
-    parts = [f'<svg viewBox="0 0 {2 * WIDTH} {height:.0f}" role="img" class="heat">']
-    gap = 1.0 if cell > 6 else 0.0
-    for row in range(L):
-        y = top + row * tall
-        name = escape(names[row])
-        parts.append(
-            f'<text class="tick" x="{left - 7}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{name}</text>'
-        )
-        for expert in range(E):
-            ratio = float(ratio_LE[row, expert])
-            parts.append(
-                f'<rect x="{left + expert * cell:.2f}" y="{y:.2f}" width="{cell - gap:.2f}" height="{tall - gap:.2f}" '
-                f'fill="{_heat(ratio)}"><title>{name}, expert {expert}: {ratio:.2f} x mean</title></rect>'
-            )
-            if cell >= 34:
-                parts.append(
-                    f'<text class="cell" x="{left + (expert + 0.5) * cell:.1f}" y="{y + tall / 2 + 3.5:.1f}" '
-                    f'text-anchor="middle">{ratio:.2f}</text>'
-                )
-    base = top + L * tall
-    every = max(1, round(E / 16))
-    for expert in range(0, E, every):
-        x = left + (expert + 0.5) * cell
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{base + 15:.1f}" text-anchor="middle">{expert}</text>'
-        )
-    parts.append(
-        f'<text class="tick" x="{2 * WIDTH - 12}" y="{base + 34:.1f}" text-anchor="end">expert</text>'
-    )
-    for index in range(41):
-        ratio = index / 20
-        parts.append(
-            f'<rect x="{left + index * 5}" y="{base + 24:.1f}" width="5.2" height="10" fill="{_heat(ratio)}"/>'
-        )
-    parts.append(
-        f'<text class="tick" x="{left + 213}" y="{base + 34:.1f}">0 to 2 x the layer\'s mean load</text>'
-    )
-    parts.append("</svg>")
-    return "".join(parts)
-
-
-def _heat(ratio: float) -> str:
-    """Blue (0) over pale grey (1) to red (2 and more); readable on light and dark pages."""
-    cold, mid, hot = (49, 104, 186), (226, 228, 230), (198, 57, 45)
-    at = min(max(ratio, 0.0), 2.0)
-    a, b, t = (cold, mid, at) if at < 1 else (mid, hot, at - 1)
-    red, green, blue = (round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
-    return f"#{red:02x}{green:02x}{blue:02x}"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -130,16 +130,20 @@ class Batches:
         host: int = 0,
         n_hosts: int = 1,
         prefetch: int = 2,
+        size_at: Callable[[int], int] | None = None,
     ) -> None:
-        """`batch_size`: global. Raises ConfigError if it does not divide among the hosts."""
+        """`batch_size`: global; `size_at`: a global batch by the samples used before it, where it is not always that.
+
+        Raises ConfigError if a batch does not divide among the hosts.
+        """
         if batch_size < 1 or batch_size % n_hosts:
             raise ConfigError(
                 f"training.batch_size {batch_size} is not a positive multiple of {n_hosts} hosts"
             )
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self._share = batch_size // n_hosts
-        self._first = host * self._share
-        self._position = 0
+        self._size_at = size_at or (lambda _: batch_size)
+        self._host, self._n_hosts = host, n_hosts
+        self._position = self._next = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
         self._depth = prefetch
         self._ahead: deque[Future[Batch]] = deque()
@@ -164,11 +168,15 @@ class Batches:
                 f"the data position was made with other data, row length or packing than {self.dataset.folder} "
                 f"with rows of {self.dataset.seq_len} ({state.get('data')} is not {self.dataset.fingerprint})"
             )
-        self._drop()
         self._position = int(state["position"])
+        self._drop()
 
     def _build(self, position: int) -> Batch:
-        return self.dataset.sample(position + self._first, self._share, self.seed)
+        size = self._size_at(position)
+        if size % self._n_hosts:
+            raise ConfigError(f"a global batch of {size} rows does not divide among {self._n_hosts} hosts")
+        share = size // self._n_hosts
+        return self.dataset.sample(position + self._host * share, share, self.seed)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -178,16 +186,17 @@ class Batches:
             batch = self._build(self._position)
         else:
             while len(self._ahead) <= self._depth:
-                ahead = self._position + len(self._ahead) * self.batch_size
-                self._ahead.append(self._pool.submit(self._build, ahead))
+                self._ahead.append(self._pool.submit(self._build, self._next))
+                self._next += self._size_at(self._next)
             batch = self._ahead.popleft().result()
-        self._position += self.batch_size
+        self._position += self._size_at(self._position)
         return batch
 
     def _drop(self) -> None:
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
+        self._next = self._position
 
     def close(self) -> None:
         """End the thread."""

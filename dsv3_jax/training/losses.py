@@ -77,7 +77,7 @@ def sum_cross_entropy(logits: Logits, head: Any, hidden_ND: Array, targets_N: Ar
       head: the weights `logits` reads, any tree.
       chunk: tokens a visit; the last one is padded.
     """
-    hidden_MCD, targets_MC = _chunks(hidden_ND, targets_N, chunk)
+    hidden_MCD, targets_MC = chunks(hidden_ND, targets_N, chunk)
 
     def visit(total: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
         return total + _chunk_loss(logits, head, *xs), None
@@ -85,7 +85,7 @@ def sum_cross_entropy(logits: Logits, head: Any, hidden_ND: Array, targets_N: Ar
     return lax.scan(visit, jnp.zeros((), jnp.float32), (hidden_MCD, targets_MC))[0]
 
 
-def _chunks(hidden_ND: Array, targets_N: Array, chunk: int) -> tuple[Array, Array]:
+def chunks(hidden_ND: Array, targets_N: Array, chunk: int) -> tuple[Array, Array]:
     N = targets_N.shape[0]
     chunk = min(chunk, N)
     short = -N % chunk
@@ -103,7 +103,7 @@ def _chunk_loss(logits: Logits, head: Any, hidden_CD: Array, targets_C: Array) -
 def _forward(
     logits: Logits, head: Any, hidden_ND: Array, targets_N: Array, chunk: int
 ) -> tuple[Array, tuple[Any, Array, Any]]:
-    hidden_MCD, targets_MC = _chunks(hidden_ND, targets_N, chunk)
+    hidden_MCD, targets_MC = chunks(hidden_ND, targets_N, chunk)
 
     def visit(carry: tuple[Array, Any], xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Array]:
         total, d_head = carry
@@ -168,15 +168,15 @@ def count_totals(batch: Mapping[str, Array], cfg: ModelConfig) -> Totals:
     )
 
 
-def _main_logits(model: Transformer, head: Any, hidden_ND: Array) -> Array:
+def main_logits(model: Transformer, head: Any, hidden_ND: Array) -> Array:
     return model.apply({"params": head}, hidden_ND[None], method="logits")[0]
 
 
-def _mtp_logits(model: Transformer, depth: int, head: Any, hidden_ND: Array) -> Array:
+def mtp_logits(model: Transformer, depth: int, head: Any, hidden_ND: Array) -> Array:
     return model.apply({"params": head}, hidden_ND[None], depth, method="mtp_logits")[0]
 
 
-def _heads(cfg: ModelConfig, params: Mapping[str, Any]) -> tuple[Any, Any]:
+def heads(cfg: ModelConfig, params: Mapping[str, Any]) -> tuple[Any, Any]:
     """The parts of the tree that the main head and the multi-token head read, whole on this device.
 
     A cut one is gathered here, in the compute type, once for all chunks of tokens.
@@ -192,7 +192,7 @@ def _heads(cfg: ModelConfig, params: Mapping[str, Any]) -> tuple[Any, Any]:
     return main, {"mtp": {"head_VD": whole(params["mtp"]["head_VD"])}}
 
 
-def _over_tokens(logits: Logits, head: Any, hidden_BTD: Array, targets_BT: Array, chunk: int) -> Array:
+def over_tokens(logits: Logits, head: Any, hidden_BTD: Array, targets_BT: Array, chunk: int) -> Array:
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     return sum_cross_entropy(logits, head, hidden_ND, targets_BT.reshape(-1), chunk)
 
@@ -211,9 +211,9 @@ def next_token_loss(
         positions_BT=batch["positions_BT"],
         segments_BT=batch["segments_BT"],
     )
-    logits = functools.partial(_main_logits, model)
-    head = _heads(model.cfg, params)[0] if head is None else head
-    return _over_tokens(logits, head, out.hidden_BTD, batch["targets_BT"], chunk), out
+    logits = functools.partial(main_logits, model)
+    head = heads(model.cfg, params)[0] if head is None else head
+    return over_tokens(logits, head, out.hidden_BTD, batch["targets_BT"], chunk), out
 
 
 def loss_fn(
@@ -224,10 +224,11 @@ def loss_fn(
     training: TrainingConfig | None = None,
     totals: Totals | None = None,
     dispatch: Dispatch | None = None,
+    mtp_weight: Array | float | None = None,
 ) -> tuple[Array, Parts]:
     """The training loss of a (micro-)batch.
 
-    loss = ce + mtp_loss_weight * mtp + balance_loss_alpha * balance, where balance sums over every expert layer,
+    loss = ce + mtp_weight * mtp + balance_loss_alpha * balance, where balance sums over every expert layer,
     the multi-token module's included.
 
     Args:
@@ -235,11 +236,13 @@ def loss_fn(
       batch: tokens_BT, targets_BT (-1: none), segments_BT (0: padding), positions_BT; int32.
       totals: of the global batch, by default of this one.
       dispatch: how tokens reach experts on other devices; None: all are here.
+      mtp_weight: of this step, by default training.mtp_loss_weight.
     """
     training = training or TrainingConfig()
+    mtp_weight = training.mtp_loss_weight if mtp_weight is None else mtp_weight
     totals = totals if totals is not None else count_totals(batch, cfg)
     model = Transformer(cfg, remat=training.remat, dispatch=dispatch)
-    main_head, mtp_head = _heads(cfg, params)
+    main_head, mtp_head = heads(cfg, params)
     ce, out = next_token_loss(model, params, router, batch, training.loss_chunk, main_head)
     ce = ce / jnp.maximum(totals.targets, 1.0)
     mtp = jnp.zeros((), jnp.float32)
@@ -252,12 +255,12 @@ def loss_fn(
         ahead = model.apply(variables, out.hidden_BTD, inputs_LBT, **where, method="mtp")
         routings.append(ahead.routing)
         for k in range(depth):
-            logits = functools.partial(_mtp_logits, model, k)
-            part = _over_tokens(logits, mtp_head, ahead.hidden_LBTD[k], targets_LBT[k], training.loss_chunk)
+            logits = functools.partial(mtp_logits, model, k)
+            part = over_tokens(logits, mtp_head, ahead.hidden_LBTD[k], targets_LBT[k], training.loss_chunk)
             mtp = mtp + part / jnp.maximum(totals.mtp_targets_L[k], 1.0) / depth
     B = batch["tokens_BT"].shape[0]
     parts = _with_routing(cfg, ce, mtp, routings, B / jnp.maximum(totals.rows, 1.0))
-    loss = ce + training.mtp_loss_weight * mtp + training.balance_loss_alpha * parts.balance
+    loss = ce + mtp_weight * mtp + training.balance_loss_alpha * parts.balance
     return loss, parts
 
 

@@ -15,7 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, DataError
+from dsv3_jax.hardware import peak_flops
+from dsv3_jax.model.counts import train_flops_per_token
 
 Record = dict[str, Any]
 
@@ -75,16 +78,18 @@ def read_metrics(path: str | Path) -> list[Record]:
 def record_of(step: int, metrics: Mapping[str, Any]) -> Record:
     """The line of a step from the metrics of `train_step` (numpy scalars and the array of expert counts).
 
-    `expert_counts` holds the tokens each expert got, a list per expert layer (the multi-token module's last).
+    `expert_counts` holds the tokens each expert got, a list per expert layer (the multi-token module's last), and
+    `bias_std` the standard deviation of each such layer's selection biases.
     """
     record: Record = {"step": step}
     for name, value in metrics.items():
+        array = np.asarray(value)
         if name == "expert_counts_LE":
-            counts_LE = np.asarray(value)
-            record["dead_experts"] = int(np.sum(counts_LE == 0))
-            record["expert_counts"] = counts_LE.astype(np.int64).tolist()
+            record["dead_experts"] = int(np.sum(array == 0))
+            record["expert_counts"] = array.astype(np.int64).tolist()
+        elif name == "bias_std_L":
+            record["bias_std"] = [float(spread) for spread in array]
         else:
-            array = np.asarray(value)
             record[name] = int(array) if array.dtype.kind in "iu" else float(array)
     return record
 
@@ -102,6 +107,24 @@ class Pace:
     def left(self, steps: int) -> float:
         """Seconds that `steps` more steps take."""
         return statistics.median(self._seconds) * steps if self._seconds else 0.0
+
+
+class Speed:
+    """Arithmetic per second of a run, and its share of what the devices can do."""
+
+    def __init__(self, model: ModelConfig, seq_len: int, mesh: jax.sharding.Mesh) -> None:
+        """Counts the operations of one token: see `train_flops_per_token`."""
+        self._flops = train_flops_per_token(model, seq_len)
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = None if peak is None else peak * mesh.size
+
+    def of(self, tokens_per_s: float) -> Record:
+        """`tflops` over all devices and, where their peak is known, `mfu` (0 to 1, of the bfloat16 peak)."""
+        rate = self._flops * tokens_per_s
+        record: Record = {"tflops": rate / 1e12}
+        if self._peak is not None:
+            record["mfu"] = rate / self._peak
+        return record
 
 
 def duration(seconds: float) -> str:
@@ -127,6 +150,7 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
         f"lr {record['lr']:.1e}".replace("e-0", "e-"),
         f"gnorm {record['grad_norm']:.2f}",
         f"{record['tokens_per_s']:,.0f} tok/s",
+        _tflops(record),
     ]
     if "maxvio" in record:
         parts.append(f"maxvio {record['maxvio']:.2f}")
@@ -134,7 +158,14 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
         parts.append(f"val {record['val_loss']:.3f}")
     if record["skipped"]:
         parts.append(f"NOT APPLIED ({'spike' if record.get('spike') else 'not finite'})")
-    return " | ".join([*parts, f"mem {memory_gib():.1f}GiB", f"eta {duration(eta)}"])
+    return " | ".join([*parts, f"mem {record['mem_gib']:.1f}GiB", f"eta {duration(eta)}"])
+
+
+def _tflops(record: Mapping[str, Any]) -> str:
+    """8.1 TFLOP/s, two digits below 1, and the share of the devices' peak where it is known."""
+    rate = record["tflops"]
+    text = f"{rate:,.1f} TFLOP/s" if rate >= 1 else f"{rate:.2g} TFLOP/s"
+    return f"{text} (mfu {100 * record['mfu']:.1f}%)" if "mfu" in record else text
 
 
 class TensorBoard:

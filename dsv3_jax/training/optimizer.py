@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedules."""
+"""AdamW and Muon, without their learning rate (`dsv3_jax.training.schedules`)."""
 
 from __future__ import annotations
 
@@ -9,40 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dsv3_jax.config import OptimizerConfig
-
-Array = jax.Array
-
-# V3 report, section 4.2, in trillions of tokens: constant until 10, cosine over 4.3 to a tenth, 333 billion
-# constant, the last 167 billion at 7.3e-6 (peak 2.2e-4).
-_V3_TOTAL = 14.8
-_V3_DECAY_START = 10.0 / _V3_TOTAL
-_V3_DECAY_END = 14.3 / _V3_TOTAL
-_V3_LAST = (14.3 + 0.333) / _V3_TOTAL
-_V3_LOW, _V3_LOWEST = 2.2e-5 / 2.2e-4, 7.3e-6 / 2.2e-4
-
-
-def learning_rate(optimizer: OptimizerConfig, steps: int, step: Array) -> Array:
-    """Learning rate of `step` (1 .. steps), float32.
-
-    All schedules rise linearly over `warmup_steps` and are at the peak in its last step. Then "cosine" reaches
-    lr * min_lr_ratio at the last step; "v3" has the V3 report's phases as fractions of `steps`; "constant" stays.
-    """
-    step = jnp.asarray(step, jnp.float32)
-    warmup = float(optimizer.warmup_steps)
-    if optimizer.schedule == "constant":
-        scale = jnp.ones(())
-    elif optimizer.schedule == "cosine":
-        done = jnp.clip((step - warmup) / max(steps - warmup, 1.0), 0.0, 1.0)
-        scale = _cosine(done, optimizer.min_lr_ratio)
-    else:
-        at = step / steps
-        done = jnp.clip((at - _V3_DECAY_START) / (_V3_DECAY_END - _V3_DECAY_START), 0.0, 1.0)
-        scale = jnp.where(at > _V3_LAST, _V3_LOWEST, _cosine(done, _V3_LOW))
-    return optimizer.lr * scale * jnp.minimum(step / max(warmup, 1.0), 1.0)
-
-
-def _cosine(done: Array, low: float) -> Array:
-    return low + (1.0 - low) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+from dsv3_jax.training.muon import scale_by_muon
 
 
 def is_matrix(path: tuple[Any, ...]) -> bool:
@@ -55,15 +22,48 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
 
 
-def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW with clipping by global norm, without the learning rate.
+def make_optimizer(
+    optimizer: OptimizerConfig, mesh: jax.sharding.Mesh | None = None
+) -> optax.GradientTransformation:
+    """AdamW or Muon with clipping by global norm, without the learning rate.
 
     Its updates are to be multiplied by -learning_rate(step): the rate follows the step of the run, which also
-    counts steps that were not applied.
+    counts steps that were not applied. Whatever the optimiser, its state holds one `count`, one tree `mu` and one
+    tree `nu` (`optax.tree_utils.tree_get`): that is what checkpoints keep.
+
+    Args:
+      mesh: the mesh of the state, where Muon's matrices are to be spread over it.
     """
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
+    if optimizer.name == "muon":
+        scale = scale_by_muon(optimizer, mesh)
+    else:
+        scale = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
     return optax.chain(
         clip,
-        optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps),
+        with_moment_dtype(scale, jnp.dtype(optimizer.moment_dtype)),
         optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
     )
+
+
+def with_moment_dtype(
+    inner: optax.GradientTransformation, dtype: jax.typing.DTypeLike
+) -> optax.GradientTransformation:
+    """`inner` with its moments kept in `dtype` between steps and float32 within one.
+
+    Rounded to the nearest value: a moment follows its gradients as long as 1 - b is above half a step of the type
+    (bfloat16: b up to 0.996), which holds for the report's b2 = 0.95; the V3 report, section 3.3, keeps both of
+    AdamW's moments in bfloat16.
+    """
+
+    def cast(state: Any, to: jax.typing.DTypeLike) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def init(params: Any) -> Any:
+        return cast(inner.init(params), dtype)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(grads, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)

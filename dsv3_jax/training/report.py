@@ -11,11 +11,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dsv3_jax.config import load_yaml
 from dsv3_jax.errors import ConfigError, run_main
-from dsv3_jax.training.charts import WIDTH, Series, heat_map, line_chart, number, smoothed
+from dsv3_jax.training.cards import (
+    card,
+    expert_cards,
+    machine_cards,
+    multi_token_cards,
+    optimizer_cards,
+    series,
+    smooth,
+)
+from dsv3_jax.training.charts import WIDTH, line_chart, number
 from dsv3_jax.training.metrics import Record, duration, read_metrics
 from dsv3_jax.training.run_folder import CONFIG, METRICS, REPORT, write_whole
 
@@ -44,35 +51,14 @@ def write_report(run: str | Path, samples: str | Path | None = None) -> Path:
 
 def render(name: str, records: Sequence[Record], config: Mapping[str, Any], samples: Sequence[Record]) -> str:
     """The page."""
-    cards = [_card("Loss (nats per token)", _loss(records), "wide")] if records else []
+    cards = []
     if records:
-        cards += [
-            _card("Learning rate", line_chart([_series(records, "lr", "learning rate")], zero=True)),
-            _card(
-                "Gradient norm, before clipping",
-                line_chart(_smooth(records, "grad_norm", "gradient norm"), log=True),
-            ),
-            _card(
-                "Throughput (tokens per second)",
-                line_chart(_smooth(records, "tokens_per_s", "tokens/s"), zero=True),
-            ),
-        ]
-        if "maxvio" in records[-1]:
-            cards += [
-                _card(
-                    "MaxVio: largest expert load over the mean, minus 1",
-                    line_chart(_smooth(records, "maxvio", "mean over layers"), zero=True),
-                ),
-                _card(
-                    "Router entropy (nats per token)",
-                    line_chart([_series(records, "router_entropy", "mean over layers")]),
-                ),
-                _balance_card(records),
-            ]
-        cards += _heat_card(records, config)
+        cards.append(card("Loss (nats per token)", _loss(records), "wide"))
+        cards += [*multi_token_cards(records), *optimizer_cards(records), *machine_cards(records)]
+        cards += expert_cards(records, config)
     if samples:
-        cards.append(_card("Samples", "".join(_sample(sample) for sample in samples), "wide"))
-    cards.append(_card("Configuration", _config(config), "wide"))
+        cards.append(card("Samples", "".join(_sample(sample) for sample in samples), "wide"))
+    cards.append(card("Configuration", _config(config), "wide"))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(name)}</title><style>{_STYLE.read_text()}</style>"
@@ -81,55 +67,14 @@ def render(name: str, records: Sequence[Record], config: Mapping[str, Any], samp
     )
 
 
-def _card(title: str, body: str, kind: str = "", note: str = "") -> str:
-    text = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f'<div class="card {kind}"><h2>{escape(title)}</h2>{text}{body}</div>'
-
-
-def _series(records: Sequence[Record], key: str, name: str, color: int = 1, **style: Any) -> Series:
-    have = [record for record in records if record.get(key) is not None]
-    return Series(name, [record["step"] for record in have], [record[key] for record in have], color, **style)
-
-
-def _smooth(records: Sequence[Record], key: str, name: str, color: int = 1) -> list[Series]:
-    """The values, faint, and their running mean over a fiftieth of the run."""
-    raw = _series(records, key, name, color)
-    window = max(len(raw.values) // 50, 1)
-    if window < 3:
-        return [raw]
-    mean = Series(name, raw.steps, smoothed(raw.values, window), color)
-    return [Series(name, raw.steps, raw.values, color, faint=True), mean]
-
-
 def _loss(records: Sequence[Record]) -> str:
-    lines = _smooth(records, "ce_loss", "training, next token")
+    lines = smooth(records, "ce_loss", "training, next token")
     if records[-1].get("mtp_loss"):
-        lines += _smooth(records, "mtp_loss", "training, multi-token module", 2)
-    lines.append(_series(records, "val_loss", "held-out", 3, dots=True))
+        lines += smooth(records, "mtp_loss", "training, multi-token module", 2)
+    lines.append(series(records, "val_loss", "held-out", 3, dots=True))
+    if any(record.get("val_mtp_loss") is not None for record in records):
+        lines.append(series(records, "val_mtp_loss", "held-out, multi-token module", 4, dots=True))
     return line_chart(lines, width=2 * WIDTH, height=320)
-
-
-def _balance_card(records: Sequence[Record]) -> str:
-    return _card(
-        "Sequence-wise balance loss, before its weight",
-        line_chart(_smooth(records, "balance_loss", "sum over layers")),
-    )
-
-
-def _heat_card(records: Sequence[Record], config: Mapping[str, Any]) -> list[str]:
-    have = [record for record in records if record.get("expert_counts")]
-    if not have:
-        return []
-    last = have[-max(len(have) // 20, min(len(have), 10)) :]
-    load_LE = np.mean([record["expert_counts"] for record in last], axis=0)
-    depth = config["model"].get("num_nextn_predict_layers", 0)
-    main = load_LE.shape[0] - depth
-    first = config["model"].get("num_hidden_layers", main) - main
-    names = [f"layer {first + row}" for row in range(main)] + [f"mtp {k}" for k in range(depth)]
-    note = (
-        f"tokens of each expert over the mean of its layer, steps {last[0]['step']:,} to {last[-1]['step']:,}"
-    )
-    return [_card("Expert load", heat_map(load_LE, names), "wide", note)]
 
 
 def _subtitle(records: Sequence[Record], config: Mapping[str, Any]) -> str:
@@ -162,8 +107,13 @@ def _numbers(records: Sequence[Record]) -> str:
         ("held-out perplexity", validated.get("val_perplexity")),
         ("held-out bits per byte", validated.get("val_bits_per_byte")),
         ("multi-token loss", mean("mtp_loss") or None),
+        ("drafts accepted", validated.get("val_mtp_acceptance")),
         ("MaxVio", mean("maxvio")),
+        ("experts within ±50 % of mean load", mean("balanced_fraction")),
         ("tokens per second", mean("tokens_per_s")),
+        ("TFLOP/s", mean("tflops")),
+        ("model FLOPs utilisation", mean("mfu")),
+        ("peak memory, GiB", mean("mem_gib")),
         ("steps not applied", float(sum(record.get("skipped", 0) for record in records))),
     ]
     boxes = [

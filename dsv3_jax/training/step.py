@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.model import Transformer, abstract_variables, init_variables, max_violation
+from dsv3_jax.model import abstract_variables, init_variables, max_violation
 from dsv3_jax.parallel import BATCH_AXES
 from dsv3_jax.parallel.dispatch import Dispatch, make_dispatch
 from dsv3_jax.parallel.leaves import (
@@ -31,9 +31,11 @@ from dsv3_jax.parallel.leaves import (
     sharded_like,
     storage_shardings,
 )
+from dsv3_jax.training.evaluation import EvalSums, evaluation_sums
 from dsv3_jax.training.guards import Guard, init_guard, judge, remember
-from dsv3_jax.training.losses import Parts, Totals, count_totals, loss_fn, next_token_loss
-from dsv3_jax.training.optimizer import learning_rate, make_optimizer
+from dsv3_jax.training.losses import Parts, Totals, count_totals, loss_fn
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.schedules import balance_rate, batch_schedule, learning_rate, mtp_weight
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -138,36 +140,41 @@ def make_train_step(
 
     Metrics: loss, ce_loss, mtp_loss, balance_loss, grad_norm (before clipping), lr, tokens (real tokens of the
     batch), skipped (1 when loss or gradient was not finite or a spike, so that weights and moments were left as they
-    were), spike (1 when it was that), maxvio (mean over expert layers), router_entropy (mean over layers and tokens,
-    nats), dropped, expert_counts_LE.
+    were), spike (1 when it was that), maxvio (mean over expert layers), balanced_fraction (of experts within 50 % of
+    their layer's mean load), router_entropy (mean over layers and tokens, nats), dropped, expert_counts_LE; bias_min,
+    bias_max and bias_std_L of the selection biases the step used.
     """
     parts, accumulate = shards_of(mesh), cfg.training.accumulate
-    if cfg.training.batch_size % (parts * accumulate):
-        raise ConfigError(
-            f"training.batch_size is {cfg.training.batch_size}; expected a multiple of {parts} devices x "
-            f"training.accumulate = {accumulate}"
-        )
+    for size in reversed(batch_schedule(cfg.training).sizes):
+        if size % (parts * accumulate):
+            ramp = "" if size == cfg.training.batch_size else f", and {size} in its ramp"
+            raise ConfigError(
+                f"training.batch_size is {cfg.training.batch_size}{ramp}; expected a multiple of {parts} devices x "
+                f"training.accumulate = {accumulate}"
+            )
     where = state_shardings(cfg, mesh)
     specs = jax.tree.map(lambda sharding: sharding.spec, where.params)
     placed = placements(abstract_variables(cfg.model), mesh)["params"]
     dispatch = dispatch_of(cfg, mesh)
     gradients = jax.shard_map(
-        lambda params, router, batch: _shard_gradients(cfg, placed, dispatch, params, router, batch),
+        functools.partial(_shard_gradients, cfg, placed, dispatch),
         mesh=mesh,
-        in_specs=(specs, P(), P(BATCH_AXES)),
+        in_specs=(specs, P(), P(BATCH_AXES), P()),
         out_specs=(specs, P(), P(), P()),
         check_vma=False,  # sums over the mesh are written out: parallel/leaves.py
     )
-    optimizer = make_optimizer(cfg.optimizer)
+    optimizer = make_optimizer(cfg.optimizer, mesh)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, loss, sums, totals = gradients(state.params, state.router, batch)
         step = state.step + 1
-        lr = learning_rate(cfg.optimizer, cfg.training.steps, step)
+        grads, loss, sums, totals = gradients(
+            state.params, state.router, batch, mtp_weight(cfg.training, step)
+        )
+        lr = learning_rate(cfg.optimizer, cfg.training, step)
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-        router = balance_update(cfg.model, state.router, sums.counts_LE, cfg.training.balance_update_rate)
+        router = balance_update(cfg.model, state.router, sums.counts_LE, balance_rate(cfg.training, step))
         # A select, never a product: 0 * NaN is NaN.
         ok, spike = judge(state.guard, loss, grad_norm, cfg.training.spike_guard)
         params, router, opt_state = jax.tree.map(
@@ -186,6 +193,7 @@ def make_train_step(
             "skipped": 1 - ok.astype(jnp.int32),
             "spike": spike.astype(jnp.int32),
             **routing_metrics(sums, totals),
+            **bias_metrics(state.router),
         }
         guard = remember(state.guard, ok, loss, grad_norm)
         return jax.lax.with_sharding_constraint(State(step, params, router, opt_state, guard), where), metrics
@@ -194,7 +202,13 @@ def make_train_step(
 
 
 def _shard_gradients(
-    cfg: RunConfig, placed: Any, dispatch: Dispatch | None, params: Any, router: Any, batch: Batch
+    cfg: RunConfig,
+    placed: Any,
+    dispatch: Dispatch | None,
+    params: Any,
+    router: Any,
+    batch: Batch,
+    weight: Array,
 ) -> tuple[Any, Array, Parts, Totals]:
     """This device's part of the gradients of the global batch; loss and sums of that batch."""
     totals = lax.psum(count_totals(batch, cfg.model), BATCH_AXES)
@@ -203,7 +217,7 @@ def _shard_gradients(
 
     def one(micro: Batch) -> tuple[tuple[Array, Parts], Any]:
         return jax.value_and_grad(loss_fn, has_aux=True)(
-            weights, router, micro, cfg.model, cfg.training, totals, dispatch
+            weights, router, micro, cfg.model, cfg.training, totals, dispatch, weight
         )
 
     if n == 1:
@@ -221,7 +235,7 @@ def _shard_gradients(
     return reduce_gradients(grads, placed), loss, sums, totals
 
 
-def balance_update(cfg: ModelConfig, router: Any, counts_LE: Array, rate: float) -> Any:
+def balance_update(cfg: ModelConfig, router: Any, counts_LE: Array, rate: Array | float) -> Any:
     """b += rate * sign(mean(count) - count) for every expert layer (arXiv 2408.15664, V3 report 2.1.2).
 
     Args:
@@ -242,28 +256,43 @@ def routing_metrics(sums: Parts, totals: Totals) -> Metrics:
         return {}
     return {
         "maxvio": jnp.mean(max_violation(sums.counts_LE)),
+        "balanced_fraction": jnp.mean(balanced_fraction(sums.counts_LE)),
         "router_entropy": jnp.mean(sums.entropy_L) / jnp.maximum(totals.tokens, 1.0),
         "dropped": sums.dropped,
         "expert_counts_LE": sums.counts_LE,
     }
 
 
-def make_eval_step(
-    cfg: RunConfig, mesh: jax.sharding.Mesh
-) -> Callable[[Any, Any, Batch], tuple[Array, Array]]:
-    """(params, router, batch) -> (sum of next-token losses in nats, number of targets) over the mesh."""
+def balanced_fraction(counts_LE: Array) -> Array:
+    """Share of each layer's experts whose load is within 50 % of the layer's mean, [L]."""
+    mean_L1 = jnp.mean(counts_LE, axis=1, keepdims=True)
+    return jnp.mean(jnp.abs(counts_LE - mean_L1) <= 0.5 * mean_L1, axis=1, dtype=jnp.float32)
 
+
+def bias_metrics(router: Any) -> Metrics:
+    """How far the selection biases of each expert layer spread, rows as in `counts_LE`; nothing without biases."""
+    leaves = [leaf for stack in ("moe", "mtp") for leaf in jax.tree.leaves(router.get(stack, {}))]
+    if not leaves:
+        return {}
+    bias_LE = jnp.concatenate(leaves)
+    return {
+        "bias_min": jnp.min(bias_LE),
+        "bias_max": jnp.max(bias_LE),
+        "bias_std_L": jnp.std(bias_LE, axis=1),
+    }
+
+
+def make_eval_step(cfg: RunConfig, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Batch], EvalSums]:
+    """(params, router, batch) -> sums over the mesh (`EvalSums`)."""
     abstract = abstract_variables(cfg.model)
     placed = placements(abstract, mesh)["params"]
     specs = jax.tree.map(lambda sharding: sharding.spec, storage_shardings(abstract, mesh)["params"])
-
     dispatch = dispatch_of(cfg, mesh)
 
-    def shard(params: Any, router: Any, batch: Batch) -> tuple[Array, Array]:
+    def shard(params: Any, router: Any, batch: Batch) -> EvalSums:
         weights = compute_copies(params, placed, cfg.model.dtype)
-        model = Transformer(cfg.model, dispatch=dispatch)
-        loss, _ = next_token_loss(model, weights, router, batch, cfg.training.loss_chunk)
-        return lax.psum((loss, jnp.sum(batch["targets_BT"] >= 0, dtype=jnp.int32)), BATCH_AXES)
+        sums = evaluation_sums(weights, router, batch, cfg.model, cfg.training.loss_chunk, dispatch)
+        return lax.psum(sums, BATCH_AXES)
 
     return jax.shard_map(
         shard, mesh=mesh, in_specs=(specs, P(), P(BATCH_AXES)), out_specs=P(), check_vma=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -23,7 +24,16 @@ from dsv3_jax.launch.local import SUPERVISED
 from dsv3_jax.parallel import Feed, barrier, compiled_by_all, first_then_all, make_mesh, processes
 from dsv3_jax.text import Tokenizer
 from dsv3_jax.training.data import Batches, TokenDataset
-from dsv3_jax.training.metrics import MetricsLog, Pace, Record, TensorBoard, record_of, step_line
+from dsv3_jax.training.metrics import (
+    MetricsLog,
+    Pace,
+    Record,
+    Speed,
+    TensorBoard,
+    memory_gib,
+    record_of,
+    step_line,
+)
 from dsv3_jax.training.prepare import prepare_default
 from dsv3_jax.training.report import write_report
 from dsv3_jax.training.restore import init_notes, init_weights, open_init, restore_step
@@ -38,6 +48,7 @@ from dsv3_jax.training.run_folder import (
     open_run_folder,
 )
 from dsv3_jax.training.saving import Saver
+from dsv3_jax.training.schedules import batch_schedule
 from dsv3_jax.training.sources import NAMED_SOURCES
 from dsv3_jax.training.step import (
     State,
@@ -137,6 +148,7 @@ class Trainer:
             seed=cfg.seed,
             host=self.feed.part,
             n_hosts=self.feed.parts,
+            size_at=batch_schedule(cfg.training).at_position,
         )
         writes_events = cfg.logging.tensorboard and self.group.first
         self.tensorboard = TensorBoard(self.path / TENSORBOARD) if writes_events else None
@@ -152,7 +164,7 @@ class Trainer:
         self.watchdog = Watchdog(60 * cfg.training.watchdog_minutes)
         self._step = jax.jit(step, donate_argnums=0)
         self._eval = jax.jit(make_eval_step(cfg, self.mesh))
-        self.pace = Pace()
+        self.pace, self.speed = Pace(), Speed(cfg.model, cfg.training.seq_len, self.mesh)
         self._clock = time.perf_counter()
 
     # --- before the first step --------------------------------------------------------------------------------
@@ -214,7 +226,8 @@ class Trainer:
                 say(f"nothing to do: {start} of {cfg.training.steps} steps are done")
             else:
                 self._announce()
-            with self.watchdog:
+            # Nothing goes between host and devices but what is asked for by name: a hidden copy would stall each step.
+            with self.watchdog, jax.transfer_guard("disallow"):
                 code = self._steps(start)
                 self.saver.wait()
         finally:
@@ -248,6 +261,7 @@ class Trainer:
 
     def _steps(self, start: int) -> int:
         cfg, pending = self.cfg, None
+        compiled: dict[int, Any] = {}  # by size of the batch
         steps, alone = cfg.training.steps, self.group.count == 1
         for step in range(start + 1, steps + 1):
             if alone:
@@ -256,9 +270,10 @@ class Trainer:
                 say(f"stopped before step {step}; nothing new to save")
                 return 0
             batch = self.feed.place(next(self.batches))
-            if step == start + 1:
-                self._step = compiled_by_all("step", self._step, self.state, batch)
-            self.state, metrics = self._step(self.state, batch)
+            rows = len(batch["tokens_BT"])
+            if rows not in compiled:
+                compiled[rows] = compiled_by_all(f"step of {rows}", self._step, self.state, batch)
+            self.state, metrics = compiled[rows](self.state, batch)
             if pending is not None:  # its metrics are fetched while the device is busy with this step
                 self._record(pending)
             pending = _Pending(step, metrics)
@@ -302,6 +317,7 @@ class Trainer:
         count = int(record["tokens"])
         self.tokens += count
         record.update(tokens=self.tokens, tokens_per_s=count / seconds, seconds=seconds)
+        record.update(self.speed.of(count / seconds), mem_gib=memory_gib())
         if evaluate:
             record.update(self._evaluate())
         self.not_applied = self.not_applied + 1 if record["skipped"] else 0
@@ -327,7 +343,8 @@ class Trainer:
             "tokens": self.tokens,
             "not_finite": self.not_applied,
         }
-        self.saver.save(self.state, train_state, before=self._sync_log, val_loss=record.get("val_loss"))
+        with jax.transfer_guard("allow"):  # a save copies the state to the host
+            self.saver.save(self.state, train_state, before=self._sync_log, val_loss=record.get("val_loss"))
         self.watchdog.beat()
 
     def _sync_log(self) -> None:  # metrics.jsonl is on the disk before the step appears
@@ -335,25 +352,31 @@ class Trainer:
             self.log.sync()
 
     def _evaluate(self) -> Record:
-        """Loss on held-out data, its perplexity, and bits per byte where the tokenizer stands for bytes."""
+        """Loss on held-out data, its perplexity, bits per byte where the tokenizer stands for bytes, and how good the
+        multi-token module is (`EvalSums`)."""
         if self.val_data is None:
             return {}
-        cfg, nats, targets, size = self.cfg.training, 0.0, 0, 0
+        cfg, size = self.cfg.training, 0
+        total: Any = None
         rows = cfg.batch_size // cfg.accumulate
         assert rows % shards_of(self.mesh) == 0
         for batch in self.val_data.in_order(rows, cfg.eval_batches):
             inputs = self.state.params, self.state.router, self.feed.place(self.feed.own_rows(batch))
             self._eval = compiled_by_all("evaluation", self._eval, *inputs)
-            total, count = jax.device_get(self._eval(*inputs))
+            sums = jax.tree.map(lambda x: x.item(), jax.device_get(self._eval(*inputs)))
             self.watchdog.beat()
-            nats, targets = nats + float(total), targets + int(count)
+            total = sums if total is None else jax.tree.map(operator.add, total, sums)  # float64 and int
             if self.byte_lengths_V is not None:
                 ids = batch["targets_BT"]
                 size += int(self.byte_lengths_V[ids[ids >= 0]].sum())
-        loss = nats / max(targets, 1)
+        loss = total.nats / max(total.targets, 1)
         record: Record = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
         if size:
-            record["val_bits_per_byte"] = nats / math.log(2) / size
+            record["val_bits_per_byte"] = total.nats / math.log(2) / size
+        if total.mtp_targets:
+            record["val_mtp_loss"] = total.mtp_nats / total.mtp_targets
+            record["val_mtp_accuracy"] = total.mtp_right / total.mtp_targets
+            record["val_mtp_acceptance"] = total.mtp_accepted / total.mtp_targets
         return record
 
 

@@ -112,6 +112,32 @@ def test_resuming_from_the_state_gives_the_same_batches(folder: Path, done: int,
     resumed.close()
 
 
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_a_batch_that_grows_reads_the_same_samples_in_the_same_order(folder: Path, prefetch: int) -> None:
+    def size_at(position: int) -> int:  # 2, 2, then 6
+        return 2 if position < 4 else 6
+
+    dataset = TokenDataset(folder, seq_len=4)
+    constant, growing = (
+        Batches(dataset, 6, seed=1, prefetch=prefetch, size_at=sizes) for sizes in (None, size_at)
+    )
+    batches = _take(growing, 3)
+    assert [len(batch["tokens_BT"]) for batch in batches] == [2, 2, 6] and growing.state()["position"] == 10
+    rows = [
+        np.concatenate([batch["tokens_BT"] for batch in taken]) for taken in (batches, _take(constant, 2))
+    ]
+    assert np.array_equal(rows[0], rows[1][:10])
+    resumed = Batches(dataset, 6, seed=1, prefetch=prefetch, size_at=size_at)
+    resumed.restore({**growing.state(), "position": 2})
+    assert _equal(_take(resumed, 2), batches[1:])
+    half = [Batches(dataset, 6, seed=1, prefetch=0, size_at=size_at, host=h, n_hosts=2) for h in (0, 1)]
+    for whole in batches:
+        shares = [next(host)["tokens_BT"] for host in half]
+        assert np.array_equal(whole["tokens_BT"], np.concatenate(shares))
+    for opened in (constant, growing, resumed):
+        opened.close()
+
+
 @pytest.mark.parametrize("n_hosts", [1, 2, 4])
 def test_the_shares_of_hosts_are_the_global_batch(folder: Path, n_hosts: int) -> None:
     dataset = TokenDataset(folder, seq_len=4)

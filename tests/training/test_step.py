@@ -18,6 +18,8 @@ from tests.training import tiny
 
 # A low learning rate: Adam's first steps are sign-like and would amplify rounding into another choice of experts.
 RUN = tiny.replace(tiny.replace(tiny.RUN, "optimizer", lr=1e-3), "training", spike_guard=20.0)
+# After step 15 of 20 the bias rate is 0 and the multi-token loss weighs less.
+RUN = tiny.replace(RUN, "training", balance_stop_fraction=0.75, mtp_late_weight=0.125, mtp_late_fraction=0.75)
 
 
 @functools.cache
@@ -130,11 +132,39 @@ def test_evaluation_gives_the_training_cross_entropy() -> None:
     _, history = _reference()
     devices = tiny.mesh(2, 4)
     state = init_state(RUN, devices)
-    total, count = jax.jit(make_eval_step(RUN, devices))(state.params, state.router, _put(RUN, devices))
-    assert int(count) == (tiny.batch(RUN)["targets_BT"] >= 0).sum()
-    assert float(total / count) == pytest.approx(float(history[0]["ce_loss"]), abs=1e-5)
+    sums = jax.jit(make_eval_step(RUN, devices))(state.params, state.router, _put(RUN, devices))
+    assert int(sums.targets) == (tiny.batch(RUN)["targets_BT"] >= 0).sum()
+    assert float(sums.nats / sums.targets) == pytest.approx(float(history[0]["ce_loss"]), abs=1e-5)
+    assert float(sums.mtp_nats / sums.mtp_targets) == pytest.approx(float(history[0]["mtp_loss"]), abs=1e-5)
+
+
+def test_metrics_say_how_even_the_load_is_and_how_far_the_biases_spread() -> None:
+    _, history = _reference()
+    for metrics in history:
+        counts_LE = metrics["expert_counts_LE"]
+        mean_L1 = counts_LE.mean(1, keepdims=True)
+        within = (counts_LE >= 0.5 * mean_L1) & (counts_LE <= 1.5 * mean_L1)
+        assert 0 < float(metrics["balanced_fraction"]) == pytest.approx(within.mean(), abs=1e-6)
+    # Biases start at 0 and move by u a step; what is told is what the step used.
+    assert float(history[0]["bias_max"]) == 0 and not history[0]["bias_std_L"].any()
+    u = np.float32(RUN.training.balance_update_rate)
+    assert history[1]["bias_std_L"].shape == (3,) and float(history[1]["bias_max"]) == u
+    assert float(history[1]["bias_min"]) == -u and 0 < history[1]["bias_std_L"].max() <= u
+
+
+def test_late_values_of_rate_and_weight_act_inside_the_compiled_step() -> None:
+    cfg, devices, step = _compiled(1, (1, 1, 1))
+    fresh = init_state(cfg, devices)
+    for at, weight, moves in ((14, 0.3, True), (16, 0.125, False)):
+        after, metrics = step(fresh.replace(step=fresh.step + at - 1), _put(cfg, devices))
+        want = metrics["ce_loss"] + weight * metrics["mtp_loss"] + 0.01 * metrics["balance_loss"]
+        np.testing.assert_allclose(metrics["loss"], want, rtol=1e-6)
+        assert all(np.any(leaf != 0) == moves for leaf in jax.tree.leaves(jax.device_get(after.router)))
 
 
 def test_a_batch_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"training\.batch_size is 12; expected a multiple of 8"):
         make_train_step(tiny.replace(RUN, "training", batch_size=12, accumulate=1), tiny.mesh(2, 4))
+    ramp = dict(batch_size=16, batch_ramp_start=4, batch_ramp_sizes=2, batch_ramp_steps=3)
+    with pytest.raises(ConfigError, match="and 4 in its ramp; expected a multiple of 8"):
+        make_train_step(tiny.replace(RUN, "training", **ramp), tiny.mesh(2, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import shutil
 import signal
@@ -52,7 +53,7 @@ MODEL = dataclasses.replace(
     initializer_range=0.05,
 )
 STEPS = 6
-TIMED = {"tokens_per_s", "seconds"}
+TIMED = {"tokens_per_s", "seconds", "tflops", "mem_gib"}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +105,9 @@ def _chunks(item: Path) -> list[Path]:
     )
 
 
-def _same_end(run: Path, whole: Path) -> None:
+def _same_end(run: Path, whole: Path, steps: int = STEPS) -> None:
     """Weights, biases, moments, data position and metrics of the last step are the same to the bit."""
-    have, want = (folder / "checkpoints" / str(STEPS) for folder in (run, whole))
+    have, want = (folder / "checkpoints" / str(steps) for folder in (run, whole))
     for part in ("weights", "optimizer"):
         files = [path.relative_to(want) for path in _chunks(want / part)]
         assert len(files) > 20
@@ -121,7 +122,7 @@ def _same_end(run: Path, whole: Path) -> None:
         ]
 
     assert lines(run) == lines(whole)
-    assert [record["step"] for record in lines(run)] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in lines(run)] == list(range(1, steps + 1))
 
 
 def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
@@ -142,8 +143,14 @@ def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
         "tokens",
         "tokens_per_s",
         "maxvio",
+        "balanced_fraction",
+        "bias_std",
+        "tflops",
+        "mem_gib",
         "val_bits_per_byte",
+        "val_mtp_acceptance",
     } <= record.keys()
+    assert 0 <= record["val_mtp_acceptance"] <= 1 and len(record["bias_std"]) == 2
     # The loss is a float32, printed so that it comes back exactly.
     assert float(np.float32(record["loss"])) == record["loss"]
     assert "http" not in (finished / "report.html").read_text().replace("http-equiv", "")
@@ -203,6 +210,38 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(data: Path, finished: Pa
     assert steps[-1] in (4, 5) and validate_step(run / "checkpoints" / str(steps[-1]), hashes=True) == []
     assert start("", None) == 0
     _same_end(run, finished)
+
+
+def test_muon_moments_in_bfloat16_and_a_growing_batch_resume_to_the_bit(data: Path, tmp_path: Path) -> None:
+    def config(run: Path) -> RunConfig:
+        ramp = dict(steps=4, batch_size=16, batch_ramp_start=8, batch_ramp_sizes=2, batch_ramp_steps=3)
+        cfg = tiny.replace(_config(data, run, **ramp), "checkpoint", every=1, keep=0)
+        return tiny.replace(cfg, "optimizer", name="muon", moment_dtype="bfloat16")
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(config(whole)) == 0
+    shutil.copytree(whole, run)
+    for step in ("3", "4"):  # as if killed after step 2, in the middle of the ramp
+        shutil.rmtree(run / "checkpoints" / step)
+    assert train(config(run)) == 0
+    _same_end(run, whole, 4)
+    # What was used: three batches of 8 and one of 16, in the order that a constant batch has.
+    state = load_checkpoint(whole / "checkpoints" / "4").train_state
+    assert state is not None and state["data"]["position"] == 3 * 8 + 16
+    # The moments are stored as they are kept; only what AdamW updates has a second one.
+    stored = whole / "checkpoints" / "4" / "optimizer" / "state"
+    kinds = {json.loads(path.read_text())["data_type"] for path in stored.glob("mu.*/zarr.json")}
+    assert kinds == {"bfloat16"}
+    names = {path.name for path in stored.iterdir()}
+    assert "nu.embed_VD" in names and "mu.mtp.proj_DX" in names and "nu.mtp.proj_DX" not in names
+
+
+def test_a_hidden_copy_to_the_device_ends_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.jax, "device_put", lambda batch, _: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(_config(data, tmp_path / "run"))
 
 
 def test_a_finished_run_started_again_changes_nothing(data: Path, finished: Path) -> None:
