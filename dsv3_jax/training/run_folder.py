@@ -28,6 +28,8 @@ _MAY_DIFFER = (
     "mesh.",
     "moe.",
     "distributed.",
+    "data.verify",
+    "data.workers",
 )
 
 
