@@ -8,7 +8,7 @@ import os
 import resource
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class MetricsLog:
 def _json_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -137,6 +139,14 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
     return " | ".join([*parts, f"mem {memory_gib():.1f}GiB", f"eta {duration(eta)}"])
 
 
+def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
+
+
 class TensorBoard:
     """Scalars of every step as TensorBoard events."""
 
@@ -151,8 +161,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Every number of a record."""
-        for name, value in record.items():
+        """Every number of a record; those of a mapping under name/key."""
+        for name, value in _flat(record):
             if isinstance(value, (int, float)) and name != "step":
                 self._writer.add_scalar(name, value, record["step"])
 

@@ -20,6 +20,7 @@ from dsv3_jax.training.packing import Piece
 
 Batch = dict[str, np.ndarray]
 _FILL = {"tokens_BT": 0, "targets_BT": -1, "segments_BT": 0, "positions_BT": 0}
+ROW_KEYS = tuple(_FILL)
 
 
 class Dataset(Protocol):

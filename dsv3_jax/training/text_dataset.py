@@ -24,9 +24,7 @@ from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.text import Tokenizer
 from dsv3_jax.training.rows import Batch, empty_batch
 from dsv3_jax.training.text_files import TextFile, identity_of, open_text
-from dsv3_jax.training.text_windows import MakeRows, Windows, block_bytes, pack, prepare_worker
-
-_ERRORS = {"DataError": DataError, "ConfigError": ConfigError}
+from dsv3_jax.training.text_windows import MakeRows, Windows, block_bytes, pack, prepare_worker, unpack
 
 
 class TextDataset:
@@ -103,10 +101,7 @@ class TextDataset:
         """The next window."""
         if self._iterator is None:
             self._iterator = self._start()
-        rows = next(self._iterator)
-        if "error" in rows:
-            kind, _, message = bytes(rows["error"]).decode().partition(" ")
-            raise _ERRORS[kind](message)
+        rows = unpack(next(self._iterator), self.seq_len)
         count = len(rows["tokens_BT"])
         self._empty = 0 if count else self._empty + 1
         if self._empty > self.windows.per_epoch:

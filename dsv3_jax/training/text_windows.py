@@ -8,6 +8,9 @@ takes one block of each stretch a window: neighbours in a file are apart, and ea
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +20,7 @@ from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.text import Tokenizer
 from dsv3_jax.training.packing import BestFit, permute
 from dsv3_jax.training.prepare import encode_documents, hash_fraction
-from dsv3_jax.training.rows import Batch, RowWriter, empty_batch
+from dsv3_jax.training.rows import ROW_KEYS, Batch, RowWriter, empty_batch
 from dsv3_jax.training.sources import Document
 from dsv3_jax.training.text_files import BlockReader, TextFile
 
@@ -114,17 +117,31 @@ class Windows:
 
 
 class MakeRows:
-    """What a worker maps over window numbers: rows, or the message of what is wrong with the data."""
+    """What a worker maps over window numbers: rows, or the message of what is wrong with the data, as bytes.
+
+    An exception would lose its type on its way out of a worker, and arrays would go through shared memory, of which a
+    container often has 64 MB.
+    """
 
     def __init__(self, windows: Windows, seed: int) -> None:
         self._windows, self._seed = windows, seed
 
-    def __call__(self, number: int) -> dict[str, Any]:
-        """An exception would lose its type on its way out of a worker."""
+    def __call__(self, number: int) -> bytes:
+        """A letter for the kind and the content; see `unpack`."""
         try:
-            return self._windows.rows(int(number), self._seed)
+            rows = self._windows.rows(int(number), self._seed)
         except (DataError, ConfigError) as error:
-            return {"error": np.frombuffer(f"{type(error).__name__} {error}".encode(), np.uint8)}
+            return (b"D" if isinstance(error, DataError) else b"C") + str(error).encode()
+        return b"R" + np.stack([rows[name] for name in ROW_KEYS]).tobytes()
+
+
+def unpack(message: bytes, seq_len: int) -> Batch:
+    """The rows that a worker made, or its error raised here."""
+    kind, content = message[:1], memoryview(message)[1:]
+    if kind == b"R":
+        arrays = np.frombuffer(content, np.int32).reshape(len(ROW_KEYS), -1, seq_len)
+        return dict(zip(ROW_KEYS, arrays, strict=True))
+    raise (DataError if kind == b"D" else ConfigError)(bytes(content).decode())
 
 
 def pack(documents: Sequence[np.ndarray], seq_len: int, *, seed: int, number: int) -> Batch:
@@ -138,14 +155,14 @@ def pack(documents: Sequence[np.ndarray], seq_len: int, *, seed: int, number: in
 
 
 def prepare_worker(index: int, count: int) -> None:
-    """Set up a worker process: it ends with its parent, leaves Ctrl-C to it, and tokenises on one core."""
-    import ctypes
-    import signal
-
+    """Set up a worker process: it leaves Ctrl-C to its parent and ends with it, and tokenises on one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent_death_signal = 1  # PR_SET_PDEATHSIG
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "prctl"):
-        libc.prctl(parent_death_signal, signal.SIGKILL)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
