@@ -81,10 +81,31 @@ def compile_time_table() -> str:
     )
 
 
+def convert_table() -> str:
+    """Conversion against `cp` of the same bytes."""
+    result = _load("convert")
+    lines = [
+        "| job | GB/s written | against cp, median (min to max) | target | CPU seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for job in result["jobs"]:
+        ratio, cpu = job["ratio"], statistics.median(job["cpu_seconds"])
+        target = "" if job["target"] is None else f"≥ {job['target']:.2f}×"
+        spread = f"{ratio['median']:.2f}× ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        lines.append(f"| {job['name']} | {job['written_GB_per_s']:.2f} | {spread} | {target} | {cpu:.1f} |")
+    size = result["bytes"]["bf16"] / 1e9
+    note = (
+        f"{size:.1f} GB written by every job, flushed to the disk, source in the page cache; medians of "
+        f"{result['rounds']} interleaved rounds. {_where(result)}"
+    )
+    return "\n".join([*lines, "", note])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "experts": experts_table,
     "compile_time": compile_time_table,
+    "convert": convert_table,
 }
 
 

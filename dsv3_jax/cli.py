@@ -11,10 +11,19 @@ from typing import Any
 
 import tyro
 
-from dsv3_jax.config import RunConfig, RunSection, TrainingConfig, from_mapping, load_yaml, nearest
+from dsv3_jax.config import (
+    MixtureSource,
+    RunConfig,
+    RunSection,
+    TrainingConfig,
+    from_mapping,
+    load_yaml,
+    nearest,
+)
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.hf.any_config import load_model_config
 
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 USAGE = "python train.py --config FILE [--run.dir DIR] [--launch local:N] [--section.key VALUE ...]"
 
 
@@ -63,8 +72,40 @@ def parse_run_config(arguments: Sequence[str]) -> RunConfig:
         default=default,
         args=rest if help_asked else list(_checked(rest, default)),
         use_underscores=True,
+        registry=_REGISTRY,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+
+
+@_REGISTRY.primitive_rule
+def _mixture_flag(info: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """`--data.mixture NAME=WEIGHT,NAME=WEIGHT`."""
+    if info.type != tuple[MixtureSource, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME=WEIGHT,...",
+        instance_from_str=lambda values: parse_mixture(values[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda mixture: [",".join(f"{part.source}={part.weight:g}" for part in mixture)],
+    )
+
+
+def parse_mixture(text: str) -> tuple[MixtureSource, ...]:
+    """The flag form of `data.mixture`; nothing for an empty text. Raises ConfigError naming the part."""
+    parts = []
+    for part in filter(None, text.split(",")):
+        source, equals, weight = part.rpartition("=")
+        try:
+            parts.append(MixtureSource(source, float(weight)))
+        except ValueError as error:
+            told = (
+                error
+                if isinstance(error, ConfigError) and equals
+                else "expected NAME=WEIGHT, such as python-docs=0.7"
+            )
+            raise ConfigError(f"--data.mixture: {part!r}: {told}") from None
+    return tuple(parts)
 
 
 def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax.checkpoint.atomic import start_flush
 from dsv3_jax.checkpoint.layout import (
     ORBAX_ITEM,
     chunk_name,
@@ -35,6 +36,11 @@ from dsv3_jax.hf.rules import unflatten_paths
 from dsv3_jax.hf.safetensors import PIECE_BYTES, read_array
 
 Record = dict[str, Any]  # {"size", "sha256"} of a file
+
+
+# Given to the kernel at once. For a larger write it looks for larger runs of free memory, which cost up to three times
+# the CPU time a byte (measured on a virtual machine, 32 KiB against 256 KiB and 1 MiB).
+_WRITE_BYTES = 1 << 15
 
 
 class _OnlyNews(logging.Filter):
@@ -184,9 +190,10 @@ def write_file(file: Path, pieces: Iterator[np.ndarray], offset: int = 0) -> Rec
             data = piece.reshape(-1).view(np.uint8).data
             digest.update(data)
             while len(data):
-                count = os.pwrite(fd, data, position)
+                count = os.pwrite(fd, data[:_WRITE_BYTES], position)
                 position += count
                 data = data[count:]
+        start_flush(fd, offset, position - offset)
     finally:
         os.close(fd)
     return {"size": position - offset, "sha256": digest.hexdigest()}

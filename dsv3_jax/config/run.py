@@ -25,20 +25,57 @@ class RunSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixtureSource:
+    """One source of `data.mixture`."""
+
+    source: str
+    """As `data.source`."""
+    weight: float
+    """Its share of the rows, over the sum of all weights."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.source), "data.mixture: source", self.source, "a named source, a folder or a pattern"
+        )
+        _require(
+            0 < self.weight < float("inf"),
+            f"data.mixture: weight of {self.source}",
+            self.weight,
+            "a number above 0",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What the model reads."""
 
     source: str = "python-docs"
-    """A named source prepared once in the cache folder, or a folder of token shards made by
-    `python -m dsv3_jax.training.prepare`."""
+    """A named source prepared once in the cache folder; a folder of token shards made by
+    `python -m dsv3_jax.training.prepare`; or text that is tokenised as it is read: a file, folder or pattern
+    ("texts/*.parquet") of .jsonl .jsonl.gz .jsonl.zst .parquet (extra `data`)."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """Several sources by weight, instead of `data.source`. In YAML a list of {source, weight}, as a flag
+    NAME=WEIGHT,NAME=WEIGHT."""
+    loader: Literal["auto", "shards", "grain"] = "auto"
+    """shards reads token shards, grain text; auto takes shards where a folder has an index.json."""
     tokenizer: str = "bytes"
-    """bytes, deepseek, bpe:N (N ids learned from the source), or a folder with a tokenizer.json (named sources only; a
-    folder of shards has its own)."""
+    """bytes, deepseek, bpe:N (N ids learned from the source; named sources only), or a folder with a tokenizer.json.
+    A folder of shards has its own."""
     val_fraction: float = 0.01
-    """Share of documents held out for evaluation (named sources only)."""
+    """Share of documents held out for evaluation (named sources and text)."""
+    verify: Literal["cached", "full", "never"] = "cached"
+    """Checksums of token shards: of files that changed since they were last read whole, of all, or of none."""
+    text_key: str = "text"
+    """Key or column of the text in jsonl and parquet."""
+    workers: int = 2
+    """Processes that tokenise text as it is read; 0 uses a thread of this one."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "0 <= fraction < 1")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        names = [part.source for part in self.mixture]
+        for name in names:
+            _require(names.count(name) == 1, "data.mixture", names, "every source once")
 
 
 @dataclasses.dataclass(frozen=True)

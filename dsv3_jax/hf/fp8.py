@@ -20,6 +20,9 @@ SCALE_SUFFIX = "_scale_inv"
 # Every value of the format, so that a lookup replaces a slow element-wise cast; code 0x7f and 0xff are NaN.
 E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
+# The values of two neighbouring codes by the 16 bits they take: half the lookups.
+_PAIRS = E4M3_VALUES[np.arange(1 << 16, dtype=np.uint16).view(np.uint8)].view(np.uint64)
+
 _CACHED_VALUES = 1 << 16  # worked on at a time, so that they stay in the processor's cache
 
 
@@ -57,6 +60,16 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, in
     return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
 
 
+def _decode(codes: np.ndarray, out: np.ndarray) -> None:
+    """Values of contiguous codes."""
+    flat, table = codes.reshape(-1).view(np.uint8), E4M3_VALUES
+    target = out.reshape(-1)
+    if flat.size % 2 == 0:
+        flat, table, target = flat.view(np.uint16), _PAIRS, target.view(np.uint64)
+    # "clip" never clips here; it spares numpy its range check, which costs three times the lookup.
+    np.take(table, flat, out=target, mode="clip")
+
+
 def dequantize(codes: np.ndarray, scale: np.ndarray, block: tuple[int, int], dtype: np.dtype) -> np.ndarray:
     """FP8 codes [rows, columns] times their block's scale, in float32, rounded once to `dtype`.
 
@@ -78,13 +91,7 @@ def dequantize(codes: np.ndarray, scale: np.ndarray, block: tuple[int, int], dty
             end = min((index + 1) * block[0], codes.shape[0])
             for start in range(index * block[0], end, step):
                 part = values[: min(step, end - start)]
-                # "clip" never clips a byte; it spares numpy its range check, which costs three times the lookup.
-                np.take(
-                    E4M3_VALUES,
-                    codes[start : start + step][: len(part)].view(np.uint8),
-                    out=part,
-                    mode="clip",
-                )
+                _decode(codes[start : start + len(part)], part)
                 part *= factors
                 out[start : start + len(part)] = part
     return out

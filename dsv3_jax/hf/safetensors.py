@@ -24,7 +24,7 @@ from dsv3_jax.errors import ConfigError, DataError
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 # How much of a tensor is in memory at once when it is streamed: enough for the disk, and it stays in the
 # processor's cache between being read, hashed and written.
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -57,6 +57,19 @@ class TensorInfo:
     nbytes: int
 
 
+def _fill(fd: int, out: memoryview, file: Path, offset: int, what: str) -> None:
+    """Reads `out` full. Raises DataError when the file ends early."""
+    filled = 0
+    while filled < len(out):
+        count = os.preadv(fd, [out[filled:]], offset + filled)
+        if count == 0:
+            raise DataError(
+                f"{file}: {what + ' ' if what else ''}ends {len(out) - filled} bytes early: "
+                f"{len(out)} bytes at offset {offset} expected (truncated file?)"
+            )
+        filled += count
+
+
 def read_range(file: Path, offset: int, nbytes: int, *, what: str = "") -> Iterator[memoryview]:
     """Yields the bytes `[offset, offset + nbytes)` of a file in pieces of at most `PIECE_BYTES`.
 
@@ -71,15 +84,7 @@ def read_range(file: Path, offset: int, nbytes: int, *, what: str = "") -> Itera
         done = 0
         while done < nbytes:
             piece = buffer[: min(PIECE_BYTES, nbytes - done)]
-            filled = 0
-            while filled < len(piece):
-                count = os.preadv(fd, [piece[filled:]], offset + done + filled)
-                if count == 0:
-                    raise DataError(
-                        f"{file}: {what + ' ' if what else ''}ends {nbytes - done - filled} bytes early: "
-                        f"{nbytes} bytes at offset {offset} expected (truncated file?)"
-                    )
-                filled += count
+            _fill(fd, piece, file, offset + done, what)
             yield piece
             done += len(piece)
     finally:
@@ -92,11 +97,11 @@ def read_array(
 ) -> np.ndarray:
     """The array of `dtype` and `shape` at `offset` of a file. Raises DataError when the file ends early."""
     out = np.empty(math.prod(shape), dtype)
-    view = out.view(np.uint8).data
-    position = 0
-    for piece in read_range(file, offset, out.nbytes, what=what):
-        view[position : position + len(piece)] = piece
-        position += len(piece)
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _fill(fd, out.view(np.uint8).data, file, offset, what)
+    finally:
+        os.close(fd)
     return out.reshape(shape)
 
 

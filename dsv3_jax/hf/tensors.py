@@ -100,8 +100,8 @@ class StoredTensor:
             stop = min(rows, (first + step) * self.block[0])
             offset, shape = self.offset + start * columns, (stop - start, columns)
             codes = read_array(self.file, offset, DTYPES[self.dtype], shape, what=repr(self.name))
-            values = fp8.dequantize(codes, scale[first : first + step], self.block, np.dtype(np.float32))
-            yield cast(values.reshape(-1), dtype)
+            values = fp8.dequantize(codes, scale[first : first + step], self.block, DTYPES[dtype])
+            yield values.reshape(-1)
 
     def read(self, dtype: str) -> np.ndarray:
         """The whole tensor in `dtype` and its own shape."""

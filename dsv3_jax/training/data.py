@@ -2,35 +2,30 @@
 
 Which samples a batch holds depends on (folder, split, T, packing, seed, position) alone: not on hosts, devices,
 prefetching or how often the run was stopped. The position is the number of samples used so far; the sample at
-position p is row `permute(p mod rows)` of epoch `p div rows`, so a resumed run jumps there at once.
-
-A batch is a dict of int32 arrays [B, T]:
-    tokens_BT      ids; 0 in padding
-    targets_BT     the id that follows in the document, -1 where there is none to predict (padding)
-    segments_BT    1, 2, … by document in the row, 0 in padding; attention stays within a segment
-    positions_BT   0, 1, … from the start of each segment
-The target of a segment's last token is the document's next token even if that stands in another row, so no target
-is lost at a cut. The multi-token module's target at t is targets_BT at t+1 if that is in the same segment, else none.
+position p is row `permute(p mod rows)` of epoch `p div rows`, so a resumed run jumps there at once. What a batch is:
+dsv3_jax/training/rows.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.training.packing import make_packing, permute
+from dsv3_jax.training.rows import Batch, Dataset, RowWriter, empty_batch
 from dsv3_jax.training.shards import Shard, read_index
+from dsv3_jax.training.verified import Verified
 
-Batch = dict[str, np.ndarray]
-_FILL = {"tokens_BT": 0, "targets_BT": -1, "segments_BT": 0, "positions_BT": 0}
+Verify = Literal["cached", "full", "never"]
 
 
 class TokenDataset:
@@ -47,20 +42,24 @@ class TokenDataset:
         split: str = "train",
         packing: str = "best_fit",
         vocab_size: int | None = None,
-        verify: bool = True,
+        verify: Verify = "full",
     ) -> None:
-        """`vocab_size`: the model's (default: the data's). `verify`: read all files once, compare checksums and ids.
+        """`vocab_size`: the model's (default: the data's).
+
+        `verify` compares checksums and ids: of all files ("full"), of those that have changed since they were last
+        read whole ("cached", see verified.py), or only the ids of each batch as it is made ("never").
 
         Raises DataError for missing, truncated or altered files, ids outside the vocabulary, or an empty split.
         """
         self.folder, self.seq_len, self.split = Path(folder), seq_len, split
+        self.origin = str(folder)
         self.index = read_index(folder)
         self.vocab_size = self.index["vocab_size"] if vocab_size is None else vocab_size
         entries = [entry for entry in self.index["shards"] if entry["split"] == split]
         self._shards = [Shard(self.folder, entry, self.index["dtype"]) for entry in entries]
-        if verify:
-            for shard in self._shards:
-                shard.verify(self.vocab_size)
+        self.notes: list[str] = []
+        if verify != "never":
+            self._verify(Verified(self.folder) if verify == "cached" else None)
         self._first_document = np.cumsum([0] + [entry["documents"] for entry in entries])
         lengths = [np.diff(shard.offsets.astype(np.int64)) for shard in self._shards]
         self._packing = make_packing(packing, np.concatenate(lengths or [np.zeros(0, np.int64)]), seq_len)
@@ -72,26 +71,27 @@ class TokenDataset:
         identity = json.dumps([hashes, split, seq_len, packing])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
+    def _verify(self, known: Verified | None) -> None:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
+            list(pool.map(lambda shard: shard.verify(self.vocab_size, known), self._shards))
+        problem = None if known is None else known.save()
+        if problem:
+            self.notes.append(problem)
+
     def rows(self, indices: np.ndarray) -> Batch:
         """A batch of these rows; an index of -1 gives a row of padding."""
-        shape = (len(indices), self.seq_len)
-        batch = {name: np.full(shape, fill, np.int32) for name, fill in _FILL.items()}
+        batch = empty_batch(len(indices), self.seq_len)
         for at, index in enumerate(indices):
             if index < 0:
                 continue
-            column = 0
-            for segment, piece in enumerate(self._packing.row(int(index)), 1):
+            row = RowWriter(batch, at)
+            for piece in self._packing.row(int(index)):
                 which = int(np.searchsorted(self._first_document, piece.document, side="right")) - 1
                 shard = self._shards[which]
                 start = int(shard.offsets[piece.document - self._first_document[which]]) + piece.start
-                stop = start + piece.length
-                shard.check_ids(start, stop + 1, self.vocab_size)
-                here = slice(column, column + piece.length)
-                batch["tokens_BT"][at, here] = shard.tokens[start:stop]
-                batch["targets_BT"][at, here] = shard.tokens[start + 1 : stop + 1]
-                batch["segments_BT"][at, here] = segment
-                batch["positions_BT"][at, here] = np.arange(piece.length)
-                column += piece.length
+                stop = start + piece.length + 1
+                shard.check_ids(start, stop, self.vocab_size)
+                row.add(shard.tokens[start:stop])
         return batch
 
     def sample(self, position: int, count: int, seed: int) -> Batch:
@@ -113,6 +113,24 @@ class TokenDataset:
             rows[: len(chosen)] = chosen
             yield self.rows(rows)
 
+    def progress(self, position: int, seed: int) -> dict[str, Any]:
+        """See `Dataset`."""
+        return {"epoch": position / self.n_rows}
+
+    def cursor(self, position: int, seed: int) -> None:
+        """Any position is reached at once."""
+
+    def seek(self, cursor: Any, seed: int) -> None:
+        """See `cursor`."""
+
+    def describe(self) -> str:
+        """See `Dataset`."""
+        fill = self.n_inputs / (self.n_rows * self.seq_len)
+        return f"{self.n_inputs:,} tokens an epoch (rows {fill:.1%} full)"
+
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 class Batches:
     """Endless training batches of one host, with a state of a few numbers.
@@ -123,7 +141,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Dataset,
         batch_size: int,
         *,
         seed: int,
@@ -148,14 +166,15 @@ class Batches:
         self._depth = prefetch
         self._ahead: deque[Future[Batch]] = deque()
 
-    @property
-    def epoch(self) -> float:
-        """Epochs done."""
-        return self._position / self.dataset.n_rows
+    def progress(self) -> dict[str, Any]:
+        """How far the batches handed out are: `Dataset.progress`."""
+        return self.dataset.progress(self._position, self.seed)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON values."""
-        return {"position": self._position, "seed": self.seed, "data": self.dataset.fingerprint}
+        state = {"position": self._position, "seed": self.seed, "data": self.dataset.fingerprint}
+        cursor = self.dataset.cursor(self._position, self.seed)
+        return state if cursor is None else state | {"cursor": cursor}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ConfigError if it was made with other data, T, packing or seed."""
@@ -165,11 +184,12 @@ class Batches:
             )
         if state.get("data") != self.dataset.fingerprint:
             raise ConfigError(
-                f"the data position was made with other data, row length or packing than {self.dataset.folder} "
+                f"the data position was made with other data, row length or packing than {self.dataset.origin} "
                 f"with rows of {self.dataset.seq_len} ({state.get('data')} is not {self.dataset.fingerprint})"
             )
         self._position = int(state["position"])
         self._drop()
+        self.dataset.seek(state.get("cursor"), self.seed)
 
     def _build(self, position: int) -> Batch:
         size = self._size_at(position)
@@ -199,7 +219,8 @@ class Batches:
         self._next = self._position
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread and what the dataset runs."""
         self._drop()
         if self._pool is not None:
             self._pool.shutdown()
+        self.dataset.close()

@@ -8,7 +8,7 @@ import os
 import resource
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class MetricsLog:
 def _json_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -168,6 +170,14 @@ def _tflops(record: Mapping[str, Any]) -> str:
     return f"{text} (mfu {100 * record['mfu']:.1f}%)" if "mfu" in record else text
 
 
+def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
+
+
 class TensorBoard:
     """Scalars of every step as TensorBoard events."""
 
@@ -182,8 +192,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Every number of a record."""
-        for name, value in record.items():
+        """Every number of a record; those of a mapping under name/key."""
+        for name, value in _flat(record):
             if isinstance(value, (int, float)) and name != "step":
                 self._writer.add_scalar(name, value, record["step"])
 

@@ -83,8 +83,8 @@ def prepare(
             for split in ("train", "validation")
         }
         tokens = count = 0
-        for ids, text in _encoded(documents, tokenizer):
-            split = "validation" if _hash_fraction(text) < val_fraction else "train"
+        for ids, document in encode_documents(documents, tokenizer):
+            split = "validation" if hash_fraction(document) < val_fraction else "train"
             writers[split].add(ids)
             tokens, count = tokens + len(ids), count + 1
         if not count:
@@ -112,6 +112,11 @@ def _check_settings(tokenizer: Tokenizer, val_fraction: float, shard_tokens: int
         raise ConfigError(f"--val-fraction {val_fraction}: expected 0 <= fraction < 1")
     if shard_tokens < 1:
         raise ConfigError(f"--shard-tokens {shard_tokens}: expected a positive number")
+    check_ends(tokenizer)
+
+
+def check_ends(tokenizer: Tokenizer) -> None:
+    """ConfigError for a tokenizer without BOS or EOS."""
     if tokenizer.bos_id is None or not tokenizer.eos_ids:
         raise ConfigError(
             f"{tokenizer.origin}: names no bos_token or no eos_token, which stand around a document"
@@ -129,26 +134,37 @@ def _check_target(dst: Path, force: bool) -> None:
         )
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, str]]:
-    """Ids (BOS, text, EOS) and text of each document that is not empty, tokenised in blocks on all cores."""
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, Document]]:
+    """Ids (BOS, text, EOS) of each document that is not empty, tokenised in blocks on all cores.
+
+    Raises DataError naming the origin of a document that is not text.
+    """
     bos, eos = np.asarray([tokenizer.bos_id], np.int32), np.asarray(tokenizer.eos_ids[:1], np.int32)
     remaining = iter(documents)
     while block := list(islice(remaining, 256)):
         kept = [document for document in block if document.text]
         for document in kept:
-            try:
-                document.text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                code = ord(document.text[error.start])
-                raise DataError(f"{document.origin}: lone surrogate U+{code:04X} in the text") from None
+            utf8_bytes(document)
         for document, ids in zip(
             kept, tokenizer.encode_batch([document.text for document in kept]), strict=True
         ):
-            yield np.concatenate([bos, ids, eos]), document.text
+            yield np.concatenate([bos, ids, eos]), document
 
 
-def _hash_fraction(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
+def utf8_bytes(document: Document) -> bytes:
+    """DataError naming the origin of a text that has no UTF-8."""
+    try:
+        return document.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(document.text[error.start])
+        raise DataError(f"{document.origin}: lone surrogate U+{code:04X} in the text") from None
+
+
+def hash_fraction(document: Document) -> float:
+    """A number in [0, 1) that follows from the text: below `val_fraction` it is held out."""
+    return int.from_bytes(hashlib.sha256(utf8_bytes(document)).digest()[:8], "big") / 2**64
 
 
 # --- complete or absent ------------------------------------------------------------------------------------

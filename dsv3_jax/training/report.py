@@ -83,12 +83,19 @@ def _subtitle(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     model, seconds = config["model"], sum(record.get("seconds", 0.0) for record in records)
     parts = [
         f"{records[-1]['step']:,} of {config['training']['steps']:,} steps in {duration(seconds)}",
-        f"{records[-1]['tokens']:,} tokens of {escape(str(config['data']['source']))}",
+        f"{records[-1]['tokens']:,} tokens of {_sources(records[-1], config['data'])}",
         f"{model['num_hidden_layers']} layers of width {model['hidden_size']:,}",
     ]
     if model["n_routed_experts"]:
         parts.append(f"{model['n_routed_experts']} experts, {model['num_experts_per_tok']} per token")
     return " · ".join(parts)
+
+
+def _sources(record: Record, data: Mapping[str, Any]) -> str:
+    """The source, or those of a mixture with their shares of the rows so far."""
+    if not record.get("shares"):
+        return escape(str(data["source"]))
+    return ", ".join(f"{escape(name)} ({share:.1%})" for name, share in record["shares"].items())
 
 
 def _numbers(records: Sequence[Record]) -> str:
@@ -114,6 +121,7 @@ def _numbers(records: Sequence[Record]) -> str:
         ("TFLOP/s", mean("tflops")),
         ("model FLOPs utilisation", mean("mfu")),
         ("peak memory, GiB", mean("mem_gib")),
+        ("share of real tokens in a batch", mean("fill")),
         ("steps not applied", float(sum(record.get("skipped", 0) for record in records))),
     ]
     boxes = [

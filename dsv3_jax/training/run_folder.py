@@ -29,6 +29,8 @@ _MAY_DIFFER = (
     "mesh.",
     "moe.",
     "distributed.",
+    "data.verify",
+    "data.workers",
 )
 
 

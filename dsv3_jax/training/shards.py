@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.errors import DataError
+from dsv3_jax.training.verified import Verified, stamp
 
 FORMAT = "dsv3_jax/tokens/1"
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -36,7 +37,7 @@ _SHARD_KEYS = {
     "index_file": str,
     "index_sha256": str,
 }
-_BLOCK = 1 << 22  # tokens looked at together when a shard is verified
+_BLOCK = 1 << 20  # tokens looked at together when a shard is verified: they stay in the processor's cache
 
 
 class _HashedFile:
@@ -160,19 +161,24 @@ class Shard:
         if offsets[0] != 0 or offsets[-1] != len(self.tokens) or (np.diff(offsets) < 0).any():
             raise DataError(f"{self._index_path}: offsets do not rise from 0 to {len(self.tokens)}")
 
-    def verify(self, vocab_size: int) -> None:
-        """Compare the checksums and look at every id; DataError naming the file, and the offset of a bad id."""
+    def verify(self, vocab_size: int, known: Verified | None = None) -> None:
+        """Compare the checksums and look at every id; DataError naming the file, and the offset of a bad id.
+
+        `known`: files that an earlier start read whole and that have not changed since are not read again.
+        """
         for path, array, key in (
             (self._index_path, self.offsets, "index_sha256"),
             (self.path, self.tokens, "sha256"),
         ):
-            sha = hashlib.sha256()
-            for start in range(0, len(array), _BLOCK):
-                sha.update(np.ascontiguousarray(array[start : start + _BLOCK]).data)
-            if sha.hexdigest() != self._entry[key]:
+            before, cached = stamp(path), known and known.get(path)
+            sha256, highest = cached or _read_whole(array)
+            if sha256 != self._entry[key]:
                 raise DataError(f"{path}: its SHA-256 is not the one in index.json; the file has changed")
-        for start in range(0, len(self.tokens), _BLOCK):
-            self.check_ids(start, min(start + _BLOCK, len(self.tokens)), vocab_size)
+            if array is self.tokens and highest >= vocab_size:
+                for start in range(0, len(array), _BLOCK):
+                    self.check_ids(start, min(start + _BLOCK, len(array)), vocab_size)
+            if known is not None and cached is None:
+                known.put(path, before, sha256, highest)
 
     def check_ids(self, start: int, stop: int, vocab_size: int) -> None:
         """DataError naming file and offset for an id outside the vocabulary (on a device it would be clamped)."""
@@ -182,6 +188,16 @@ class Shard:
             raise DataError(
                 f"{self.path}: token {offset} is {int(self.tokens[offset])}, not below the vocabulary size {vocab_size}"
             )
+
+
+def _read_whole(array: np.ndarray) -> tuple[str, int]:
+    """SHA-256 and highest value (-1: empty) of a mapped file."""
+    sha, highest = hashlib.sha256(), -1
+    for start in range(0, len(array), _BLOCK):
+        block = np.ascontiguousarray(array[start : start + _BLOCK])
+        sha.update(block.data)
+        highest = max(highest, int(block.max()))
+    return sha.hexdigest(), highest
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

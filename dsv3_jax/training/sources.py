@@ -61,7 +61,8 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def _utf8(data: bytes, path: Path, first_line: int = 1) -> str:
+def utf8(data: bytes, path: Path, first_line: int = 1) -> str:
+    """Text of a file from line `first_line` on. DataError naming file and line."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -75,24 +76,25 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
     """The documents of the files. DataError naming file and line for what cannot be read."""
     for path in paths:
         if path.suffix != ".jsonl":
-            yield Document(str(path), _utf8(path.read_bytes(), path))
+            yield Document(str(path), utf8(path.read_bytes(), path))
             continue
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield Document(
-                        f"{path}:{number}", _jsonl_text(_utf8(line, path, number), f"{path}:{number}")
+                        f"{path}:{number}", json_text(utf8(line, path, number), f"{path}:{number}")
                     )
 
 
-def _jsonl_text(line: str, origin: str) -> str:
+def json_text(line: str, origin: str, key: str = "text") -> str:
+    """The string under `key` of a line of jsonl. DataError naming its origin."""
     try:
         value = json.loads(line)
     except ValueError as error:
         raise DataError(f"{origin}: not valid JSON ({error})") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise DataError(f'{origin}: expected an object with a string "text", found {line.strip()[:60]}')
-    return value["text"]
+    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+        raise DataError(f'{origin}: expected an object with a string "{key}", found {line.strip()[:60]}')
+    return value[key]
 
 
 def _stdlib_files() -> list[Path]:

@@ -23,7 +23,7 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.launch.local import SUPERVISED
 from dsv3_jax.parallel import Feed, barrier, compiled_by_all, first_then_all, make_mesh, processes
 from dsv3_jax.text import Tokenizer
-from dsv3_jax.training.data import Batches, TokenDataset
+from dsv3_jax.training.data import Batches
 from dsv3_jax.training.metrics import (
     MetricsLog,
     Pace,
@@ -34,7 +34,7 @@ from dsv3_jax.training.metrics import (
     record_of,
     step_line,
 )
-from dsv3_jax.training.prepare import prepare_default
+from dsv3_jax.training.open_data import open_data
 from dsv3_jax.training.report import write_report
 from dsv3_jax.training.restore import init_notes, init_weights, open_init, restore_step
 from dsv3_jax.training.run_folder import (
@@ -49,7 +49,6 @@ from dsv3_jax.training.run_folder import (
 )
 from dsv3_jax.training.saving import Saver
 from dsv3_jax.training.schedules import batch_schedule
-from dsv3_jax.training.sources import NAMED_SOURCES
 from dsv3_jax.training.step import (
     State,
     batch_sharding,
@@ -109,6 +108,8 @@ class _Pending:
 
     step: int
     metrics: Any
+    rows: int
+    data: Record
 
 
 def train(cfg: RunConfig) -> int:
@@ -135,9 +136,10 @@ class Trainer:
         say(f"run folder: {self.path}")
         source = None if folder.resumed else open_init(cfg)
         self.feed = Feed(batch_sharding(self.mesh), cfg.training.batch_size)
-        self.train_data, self.val_data, tokenizer_dir = first_then_all(
-            "data", lambda: _open_data(cfg, self._init_tokenizer(source))
-        )
+        opened = first_then_all("data", lambda: open_data(cfg, self._init_tokenizer(source)))
+        self.train_data, self.val_data = opened.train, opened.validation
+        for note in opened.notes:
+            say(note)
         if cfg.checkpoint.keep_best and self.val_data is None:
             raise ConfigError(
                 f"checkpoint.keep_best is {cfg.checkpoint.keep_best}, but the data has no held-out part"
@@ -153,7 +155,7 @@ class Trainer:
         writes_events = cfg.logging.tensorboard and self.group.first
         self.tensorboard = TensorBoard(self.path / TENSORBOARD) if writes_events else None
         if self.group.first:
-            self._bring_files(source, tokenizer_dir)
+            self._bring_files(source, opened.tokenizer)
         barrier("files of the run")
         self.byte_lengths_V = _byte_lengths(self.path / TOKENIZER, cfg.model.vocab_size)
         self.tokens, self.not_applied = 0, 0
@@ -175,12 +177,11 @@ class Trainer:
             return kept if self.cfg.init.checkpoint and kept.is_dir() else None
         return None if source is None else source.tokenizer_dir
 
-    def _bring_files(self, source: Any, tokenizer_dir: Path) -> None:
+    def _bring_files(self, source: Any, tokenizer: Tokenizer | None) -> None:
         """Tokenizer and, from a Hugging Face source, its config and small files: they travel with the run."""
         if self.folder.resumed:
             return
         shutil.rmtree(self.path / TOKENIZER, ignore_errors=True)
-        tokenizer = Tokenizer.load(tokenizer_dir)
         if tokenizer is not None:
             tokenizer.save(self.path / TOKENIZER)
             self._note_special_ids(tokenizer)
@@ -256,7 +257,7 @@ class Trainer:
         params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         say(
             f"{params:,} parameters, {self.mesh.size} x {jax.devices()[0].device_kind}, "
-            f"{self.train_data.n_inputs:,} tokens an epoch; compiling the step"
+            f"{self.train_data.describe()}; compiling the step"
         )
 
     def _steps(self, start: int) -> int:
@@ -276,7 +277,7 @@ class Trainer:
             self.state, metrics = compiled[rows](self.state, batch)
             if pending is not None:  # its metrics are fetched while the device is busy with this step
                 self._record(pending)
-            pending = _Pending(step, metrics)
+            pending = _Pending(step, metrics, rows, self.batches.progress())
             # A save that failed in one of several processes failed in all: they leave after the same step.
             asked = self.signals.asked is not None or self.saver.failed
             stop = self.group.stop_at(step, asked) or self.not_applied >= NOT_APPLIED_LIMIT
@@ -316,8 +317,10 @@ class Trainer:
         self.pace.add(seconds)
         count = int(record["tokens"])
         self.tokens += count
-        record.update(tokens=self.tokens, tokens_per_s=count / seconds, seconds=seconds)
+        size = pending.rows * self.cfg.training.seq_len
+        record.update(tokens=self.tokens, tokens_per_s=count / seconds, seconds=seconds, fill=count / size)
         record.update(self.speed.of(count / seconds), mem_gib=memory_gib())
+        record.update(pending.data)
         if evaluate:
             record.update(self._evaluate())
         self.not_applied = self.not_applied + 1 if record["skipped"] else 0
@@ -369,7 +372,12 @@ class Trainer:
             if self.byte_lengths_V is not None:
                 ids = batch["targets_BT"]
                 size += int(self.byte_lengths_V[ids[ids >= 0]].sum())
-        loss = total.nats / max(total.targets, 1)
+        if not total.targets:
+            say(
+                "note: no held-out document was found: no evaluation (a higher data.val_fraction holds out more)"
+            )
+            return {}
+        loss = total.nats / total.targets
         record: Record = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
         if size:
             record["val_bits_per_byte"] = total.nats / math.log(2) / size
@@ -378,42 +386,6 @@ class Trainer:
             record["val_mtp_accuracy"] = total.mtp_right / total.mtp_targets
             record["val_mtp_acceptance"] = total.mtp_accepted / total.mtp_targets
         return record
-
-
-def _open_data(cfg: RunConfig, tokenizer_dir: Path | None) -> tuple[TokenDataset, TokenDataset | None, Path]:
-    """Training and held-out data and the folder of their tokenizer.
-
-    Args:
-      tokenizer_dir: that of the weights the run starts from, which named sources are then tokenised with.
-    """
-    source = cfg.data.source
-    if source in NAMED_SOURCES and not Path(source).is_dir():
-        name = cfg.data.tokenizer
-        if tokenizer_dir is not None:
-            name = str(tokenizer_dir)
-            say(f"tokenizer: {name}")
-        folder = prepare_default(source, tokenizer=name, val_fraction=cfg.data.val_fraction)
-    elif Path(source).is_dir():
-        folder = Path(source)
-    else:
-        raise ConfigError(
-            f"data.source is {source!r}; expected a folder of token shards or one of {', '.join(NAMED_SOURCES)}"
-        )
-    seq_len, vocab_size = cfg.training.seq_len, cfg.model.vocab_size
-    data = TokenDataset(folder, seq_len=seq_len, vocab_size=vocab_size)
-    own, theirs = Tokenizer.load(folder / "tokenizer"), tokenizer_dir and Tokenizer.load(tokenizer_dir)
-    if own is not None and theirs and own.sha256 != theirs.sha256:
-        raise ConfigError(
-            f"data.source {folder} was tokenised with another tokenizer ({own.origin}) than that of "
-            f"init.checkpoint ({theirs.origin})"
-        )
-    held_out = any(entry["split"] == "validation" for entry in data.index["shards"])
-    validation = None
-    if held_out:
-        validation = TokenDataset(folder, seq_len=seq_len, vocab_size=vocab_size, split="validation")
-    else:
-        say(f"note: {folder} holds no validation data; there will be no evaluation")
-    return data, validation, folder / "tokenizer"
 
 
 def _byte_lengths(folder: Path, vocab_size: int) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import infer
+from convert import to_hf
 from dsv3_jax.errors import ConfigError
 from tests.inference import tiny
 
@@ -102,9 +103,14 @@ def test_a_killed_job_goes_on_and_gives_the_same_file(checkpoint: Path, tmp_path
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "--force" in refused.stderr
 
 
-def test_a_prompt_on_the_terminal(checkpoint: Path) -> None:
-    flags = ["--checkpoint", checkpoint, "--max-new-tokens", 8, "--batch-size", 4, "--ignore-eos"]
-    done = run(*flags, "--prompt", "hello")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("\n") and len(done.stdout) > 1
-    assert "tokens/s" in done.stderr
+def test_a_prompt_on_the_terminal_from_either_kind_of_folder(checkpoint: Path, tmp_path: Path) -> None:
+    to_hf.convert(checkpoint, tmp_path / "hf")
+    texts = []
+    for folder in (checkpoint, tmp_path / "hf"):
+        flags = ["--checkpoint", folder, "--max-new-tokens", 8, "--batch-size", 4, "--ignore-eos"]
+        done = run(*flags, "--prompt", "hello")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("\n") and len(done.stdout) > 1
+        assert "tokens/s" in done.stderr
+        texts.append(done.stdout)
+    assert texts[0] == texts[1]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsv3_jax.errors import ConfigError, DataError
-from dsv3_jax.training.data import Batches, TokenDataset
+from dsv3_jax.training import shards
+from dsv3_jax.training.data import Batches, TokenDataset, Verify
 from dsv3_jax.training.shards import FORMAT, ShardWriter
 
 DOCUMENTS = [
@@ -204,7 +206,66 @@ def test_a_flipped_bit_is_named(folder: Path, name: str) -> None:
     (folder / name).write_bytes(data)
     with pytest.raises(DataError, match=rf"{name}: its SHA-256 is not the one"):
         TokenDataset(folder, seq_len=4)
-    TokenDataset(folder, seq_len=4, verify=False)  # found by the checksum alone
+    TokenDataset(folder, seq_len=4, verify="never")  # found by the checksum alone
+
+
+# --- what need not be read again -------------------------------------------------------------------------------
+
+
+def _age(folder: Path, seconds: int) -> None:
+    """As if the files had been written `seconds` ago."""
+    for path in folder.iterdir():
+        then = path.stat().st_mtime_ns - seconds * 10**9
+        os.utime(path, ns=(then, then))
+
+
+def _flip(path: Path, *, keep_time: bool) -> None:
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    whole = shards._read_whole
+    monkeypatch.setattr(shards, "_read_whole", lambda array: read.append(len(array)) or whole(array))
+    _age(folder, 60)
+    TokenDataset(folder, seq_len=4, verify="cached")
+    files = len(read)
+    assert files == 2 * 3
+    TokenDataset(folder, seq_len=4, verify="cached")
+    assert len(read) == files
+    _age(folder, 1)  # touched: as if written again
+    (folder / "train-00001.bin").touch()
+    TokenDataset(folder, seq_len=4, verify="cached")
+    TokenDataset(folder, seq_len=4, verify="full")
+    assert len(read) > 2 * files
+    _flip(folder / "train-00001.bin", keep_time=False)
+    with pytest.raises(DataError, match=r"train-00001\.bin: its SHA-256"):
+        TokenDataset(folder, seq_len=4, verify="cached")
+
+
+def test_what_the_cache_cannot_see_is_found_by_a_full_reading(folder: Path) -> None:
+    _age(folder, 60)
+    TokenDataset(folder, seq_len=4, verify="cached")
+    _flip(folder / "train-00001.bin", keep_time=True)
+    TokenDataset(folder, seq_len=4, verify="cached")
+    with pytest.raises(DataError, match=r"train-00001\.bin: its SHA-256"):
+        TokenDataset(folder, seq_len=4, verify="full")
+
+
+def test_the_cache_knows_ids_too_and_trusts_no_file_written_just_now(folder: Path) -> None:
+    TokenDataset(folder, seq_len=4, verify="cached")
+    assert not (folder / ".verified.json").exists(), "a write within the same tick could not be told"
+    _age(folder, 60)
+    TokenDataset(folder, seq_len=4, verify="cached")
+    with pytest.raises(DataError, match=r"token 0 is 9, not below the vocabulary size 9"):
+        TokenDataset(folder, seq_len=4, vocab_size=9, verify="cached")
+    (folder / ".verified.json").write_text("{")  # half a file only costs time
+    assert TokenDataset(folder, seq_len=4, verify="cached").notes == []
 
 
 @pytest.mark.parametrize("offsets", [[8, 5, 0], [0, 9, 8], [0, 5, 7], [1, 5, 8]])
@@ -213,11 +274,11 @@ def test_offsets_that_do_not_rise_are_refused(folder: Path, offsets: list[int]) 
     assert np.fromfile(path, "<u8").tolist() == [0, 5, 8]
     path.write_bytes(np.asarray(offsets, "<u8").tobytes())
     with pytest.raises(DataError, match=r"train-00000\.idx: offsets do not rise from 0 to 8"):
-        TokenDataset(folder, seq_len=4, verify=False)
+        TokenDataset(folder, seq_len=4, verify="never")
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_an_id_outside_the_vocabulary_names_file_and_offset(tmp_path: Path, verify: bool) -> None:
+@pytest.mark.parametrize("verify", ["full", "never"])
+def test_an_id_outside_the_vocabulary_names_file_and_offset(tmp_path: Path, verify: Verify) -> None:
     folder = write(tmp_path / "data", [[9, 1, 8], [9, 2, 8], [9, 1, 10, 8]], vocab=10, shard_tokens=6)
     with pytest.raises(DataError, match=r"train-00001\.bin: token 2 is 10, not below the vocabulary size 10"):
         for batch in TokenDataset(folder, seq_len=4, verify=verify).in_order(1):

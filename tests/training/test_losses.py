@@ -13,6 +13,7 @@ import pytest
 
 from dsv3_jax.model import init_variables
 from dsv3_jax.training.losses import count_totals, loss_fn, mtp_inputs_targets, sum_cross_entropy
+from dsv3_jax.training.rows import RowWriter, empty_batch
 from tests.training import tiny
 
 
@@ -91,6 +92,41 @@ def test_loss_is_the_sum_of_its_parts_and_ignores_padding(variables: dict) -> No
     np.testing.assert_array_equal(parts_other.counts_LE, parts.counts_LE)
     real = int((~padding).sum())
     np.testing.assert_array_equal(parts.counts_LE.sum(axis=1), real * tiny.MODEL.num_experts_per_tok)
+
+
+def test_neither_attention_nor_loss_crosses_documents(variables: dict) -> None:
+    """Tokens of one document, whatever they are, change nothing in the loss of the others in its row."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, tiny.MODEL.vocab_size, n) for n in (6, 7, 4)]
+    batch = empty_batch(1, 16)
+    row = RowWriter(batch, 0)
+    for document in documents:
+        row.add(document)
+    segments_BT = batch["segments_BT"]
+    training = dataclasses.replace(
+        tiny.RUN.training, balance_loss_alpha=0.0
+    )  # counts tokens of the whole row
+
+    @jax.jit
+    def loss_of(batch: dict, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Next-token and multi-token loss where only `segment` has targets; its own segments decide who sees whom."""
+        targets_BT = jnp.where(segments_BT == segment, batch["targets_BT"], -1)
+        only = {**batch, "targets_BT": targets_BT}
+        _, parts = loss_fn(variables["params"], variables["router"], only, tiny.MODEL, training)
+        return parts.ce, parts.mtp
+
+    for changed in (1, 2, 3):
+        other = {
+            **batch,
+            "tokens_BT": np.where(segments_BT == changed, (batch["tokens_BT"] + 5) % 61, batch["tokens_BT"]),
+        }
+        for segment in (1, 2, 3):
+            same = loss_of(batch, segment) == loss_of(other, segment)
+            assert same == (segment != changed), (changed, segment)
+    # The check can fail: as one document the row is one context.
+    merged = {**batch, "segments_BT": np.minimum(segments_BT, 1)}
+    other = {**merged, "tokens_BT": np.where(segments_BT == 1, 7, batch["tokens_BT"])}
+    assert loss_of(merged, 3)[0] != loss_of(other, 3)[0]
 
 
 def test_totals_count_tokens_targets_and_rows() -> None:
