@@ -5,22 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from dsv3_jax.config import RunConfig, dims
+from dsv3_jax.errors import ConfigError
 from dsv3_jax.parallel.dispatch import make_dispatch
+from dsv3_jax.parallel.exchange import EXPERT_HEADROOM, PEER_HEADROOM
 from dsv3_jax.training.step import shards_of
 
 F32 = 4
-# Buffers of the expert exchange over what even routing fills: parallel/exchange.py.
-EXPERT_HEADROOM, PEER_HEADROOM = 2.0, 1.5
 # Backward through a layer holds gradients of what it reads beside it: measured in float32 on XLA:CPU, as a multiple
 # of the layer's own intermediates (docs/planning.md).
 BACKWARD = 1.2
 
 
 class Tokens:
-    """Bytes that grow with the tokens of a micro-batch on one device."""
+    """Bytes that grow with the tokens of a micro-batch on one device.
+
+    Raises ConfigError for a batch that cannot be cut into devices times micro-batches.
+    """
 
     def __init__(self, cfg: RunConfig, mesh: Any) -> None:
         training = cfg.training
+        parts = shards_of(mesh)
+        if training.batch_size % (parts * training.accumulate):
+            raise ConfigError(
+                f"training.batch_size is {training.batch_size}; expected a multiple of {parts} devices x "
+                f"training.accumulate = {training.accumulate}"
+            )
         self.cfg, self.T = cfg, training.seq_len
         self.a_step = training.batch_size * training.seq_len // shards_of(mesh)
         self.n = self.a_step // training.accumulate
@@ -52,26 +61,31 @@ class Tokens:
             return self._norm(d["D"]) + 6 * self.c * d["I"]
         size = self._norm(d["D"]) + (F32 * d["D"] if self.c < F32 else 0)
         size += (5 * F32 + 2) * d["E"]  # scores, their shares and logarithms
-        size += self.experts() + 6 * self.c * d["M"]
-        return size
+        return size + 6 * self.c * d["M"]
 
     def experts(self) -> int:
-        """Rows to the experts, gate, up, activation, product, and the rows that come back."""
+        """Rows to the experts, gate, up, activation, product, and the rows that come back, for tokens of one visit."""
         d, c, e = self.d, self.c, self.expert
         K, D, F = d["K"], d["D"], d["F"]
         if e == 1:
             return K * (c * D + 6 * c * F + F32 * D)
-        rows = EXPERT_HEADROOM * K * (2 * c * D + 6 * c * F)
-        return int(rows + self._exchanged() * (2 * c + F32) * D)
+        here = EXPERT_HEADROOM * K * (2 * c * D + 6 * c * F)
+        return int(here + self._exchanged() * (2 * c + F32) * D)
 
     def _exchanged(self) -> float:
         """Rows a device holds of others' tokens, for each of its own."""
         moe = self.cfg.moe
-        dispatch = make_dispatch(self.cfg.model, self.expert, backend=moe.dispatch, platform="cuda")
-        if dispatch is None:
+        how = make_dispatch(self.cfg.model, self.expert, backend=moe.dispatch, platform="cuda")
+        if how is None:
             return 0.0
-        peers = min(dispatch.fan_out, self.d["K"], self.expert)
-        return self.expert if dispatch.backend == "gather" else PEER_HEADROOM * peers
+        peers = min(how.fan_out, self.d["K"], self.expert)
+        return self.expert if how.backend == "gather" else (moe.capacity_factor or PEER_HEADROOM) * peers
+
+    @property
+    def visit(self) -> int:
+        """Tokens that are sent to experts at a time; all of them where no token travels."""
+        chunk = self.cfg.moe.chunk
+        return self.n if self.expert == 1 or not chunk else min(self.n, chunk)
 
     # --- bytes ----------------------------------------------------------------------------------------------------
 
@@ -81,6 +95,8 @@ class Tokens:
         policy = self.cfg.training.remat
         if policy == "none":
             dense, moe = (self.attention() + self.feed_forward(kind) for kind in ("dense", "moe"))
+            # Several visits are recomputed one by one; only what goes into and comes out of them is kept.
+            moe += self.experts() if self.visit == self.n else 2 * c * d["D"]
         else:
             dense = c * d["D"]
             if policy == "latents":
@@ -95,17 +111,15 @@ class Tokens:
 
     def layer(self) -> int:
         """Backward through the layer with the largest intermediates; recomputed first unless they were kept."""
-        kinds = [
-            kind
-            for kind, count in (
-                ("dense", self.cfg.model.num_dense_layers),
-                ("moe", self.cfg.model.num_moe_layers),
-            )
-            if count
-        ]
-        largest = max(self.attention() + self.feed_forward(kind) for kind in kinds)
-        again = 0.0 if self.cfg.training.remat == "none" else 1.0
-        return int(self.n * largest * (again + BACKWARD))
+        model = self.cfg.model
+        dense = self.n * (self.attention() + self.feed_forward("dense")) if model.num_dense_layers else 0
+        moe = experts = 0
+        if model.num_moe_layers:
+            moe = self.n * (self.attention() + self.feed_forward("moe"))
+            experts = self.visit * self.experts()
+        again = BACKWARD if self.cfg.training.remat == "none" else 1 + BACKWARD
+        alone = 1 + BACKWARD if self.visit < self.n else again
+        return int(max(dense * again, moe * again + experts * alone))
 
     def loss(self) -> int:
         """Logits of a chunk, their exponentials and their gradient; gradients of the hidden states."""

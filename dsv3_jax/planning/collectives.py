@@ -35,9 +35,10 @@ class Collective:
       kind: one of KINDS.
       operand_bytes: bytes that each device puts in, once.
       group: devices that take part together.
-      times: how often a step runs it.
+      times: how often a step runs it; per trip of a loop that is not `counted`.
       per_node: devices of a group in one node of NODE devices.
-      counted: False when a loop around it has a trip count that the text does not tell; it is then taken as 1.
+      counted: False when a loop around it has a trip count that the text does not tell. The step has such loops for
+        tokens beyond the usual buffers of the expert exchange: none with even routing.
       where: the name of the JAX operation it comes from.
       dtype: the element type, e.g. "bf16".
       upcast: the program says bfloat16 and XLA:CPU made it float32; `operand_bytes` are those of the program.
@@ -136,10 +137,11 @@ def parse(text: str, devices: int, lowered: str = "") -> list[Collective]:
 
 
 def by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
-    """Bytes a device sends in a step, for every kind that occurs."""
+    """Bytes a device sends in a step, for every kind that occurs; loops of unknown length do not run."""
     totals: dict[str, int] = {}
     for one in collectives:
-        totals[one.kind] = totals.get(one.kind, 0) + one.moved
+        if one.counted:
+            totals[one.kind] = totals.get(one.kind, 0) + one.moved
     return {kind: totals[kind] for kind in KINDS if kind in totals}
 
 

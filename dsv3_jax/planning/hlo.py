@@ -26,6 +26,7 @@ _CALLED = re.compile(
     r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
 )
 SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_COMMENT = re.compile(r"/\*.*?\*/")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 
 
@@ -50,7 +51,7 @@ def computations_of(text: str) -> tuple[Computations, str]:
 
 
 def _instruction(line: str) -> Instruction:
-    line = line.strip()
+    line = _COMMENT.sub("", line).strip()
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     type_text, rest = _split_type(rest)
     opcode, _, rest = rest.partition("(")

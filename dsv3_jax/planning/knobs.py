@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsv3_jax.config import MeshConfig, RunConfig
+from dsv3_jax.config import MeshConfig, RunConfig, from_mapping
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.planning.memory import abstract_mesh, memory
 
@@ -112,7 +112,7 @@ def _changes(cfg: RunConfig, shape: Mapping[str, int]) -> Iterator[_Change]:
 
 
 def _meshed(cfg: RunConfig, mesh: Mapping[str, int]) -> RunConfig:
-    return dataclasses.replace(cfg, mesh=MeshConfig(**mesh))
+    return dataclasses.replace(cfg, mesh=from_mapping(MeshConfig, mesh))
 
 
 def _mesh_flags(cfg: RunConfig, mesh: Mapping[str, int]) -> str:

@@ -174,7 +174,7 @@ def _collectives(plan: Plan) -> str:
     rows = [
         (
             name,
-            f"{row['runs']:,}{' or more' if row['at_least'] else ''}",
+            f"{row['runs']:,}",
             size(row["bytes"]),
             size(row["network_bytes"]),
         )

@@ -109,14 +109,17 @@ def _collectives(plan: Plan) -> list[str]:
     rows = [("collective", "runs a step", "sent by a device", "of it off the node")]
     by_row = table_of(plan.compiled.collectives)
     for name, row in by_row.items():
-        more = " or more" if row["at_least"] else ""
-        rows.append((name, f"{row['runs']:,}{more}", size(row["bytes"]), size(row["network_bytes"])))
+        rows.append((name, f"{row['runs']:,}", size(row["bytes"]), size(row["network_bytes"])))
     total = [sum(row[key] for row in by_row.values()) for key in ("bytes", "network_bytes")]
     rows.append(("all", "", size(total[0]), size(total[1])))
     lines = ["Collectives of the compiled step (loops counted as often as they run)", *table(rows, (1, 2, 3))]
-    if any(row["at_least"] for row in by_row.values()):
+    if more := sum(row["overflow_bytes"] for row in by_row.values()):
         lines.append(
-            "  or more: in a loop whose trips follow the routing; counted once, as for even routing."
+            f"  For even routing; tokens beyond the buffers take further exchanges ({size(more)} for one a layer)."
+        )
+    if plan.cfg.moe.dispatch == "ragged_all_to_all":
+        lines.append(
+            "  moe.dispatch ragged_all_to_all is counted as all_to_all, its upper bound: only GPUs have it."
         )
     return lines
 

@@ -128,6 +128,15 @@ def test_every_pair_has_its_own_bytes_in_an_exchange() -> None:
     assert exchange.network == 4 * BLOCK * 8 // 16  # the 8 of 16 blocks whose peers are elsewhere
 
 
+def test_numbered_operands_are_all_counted() -> None:
+    """XLA:CPU exchanges a tuple of blocks, and writes /*index=5*/ before every fifth."""
+    blocks = ", ".join(f"{'/*index=5*/' if i == 5 else ''}%b{i}" for i in range(8))
+    lines = [f"  %b{i} = f32[4,8]{{1,0}} parameter({i})" for i in range(8)]
+    last = f"  ROOT %aa = (f32[4,8]{{1,0}}) all-to-all({blocks}), replica_groups={{{{0,1,2,3,4,5,6,7}}}}"
+    (exchange,) = parse("\n".join(["ENTRY %main (p: f32[]) -> f32[] {", *lines, last, "}"]), 8)
+    assert (exchange.operand_bytes, exchange.group) == (8 * BLOCK, 8)
+
+
 def test_bytes_of_types() -> None:
     assert bytes_of("bf16[2,8]{1,0}") == 32
     assert bytes_of("(f32[3], s4[4], pred[5], f8e4m3fn[2], token[])") == 12 + 2 + 5 + 2
