@@ -11,9 +11,9 @@ from dsv3_jax.parallel.exchange import EXPERT_HEADROOM, PEER_HEADROOM
 from dsv3_jax.training.step import shards_of
 
 F32 = 4
-# Backward through a layer holds gradients of what it reads beside it: measured in float32 on XLA:CPU, as a multiple
-# of the layer's own intermediates (docs/planning.md).
-BACKWARD = 1.2
+# Backward through a layer holds gradients of what it reads beside it. As multiples of the layer's own intermediates,
+# and of the padded rows of an expert exchange; measured in float32 on XLA:CPU (docs/planning.md).
+BACKWARD, BACKWARD_EXCHANGED = 1.2, 0.6
 
 
 class Tokens:
@@ -70,7 +70,7 @@ class Tokens:
         if e == 1:
             return K * (c * D + 6 * c * F + F32 * D)
         here = EXPERT_HEADROOM * K * (2 * c * D + 6 * c * F)
-        return int(here + self._exchanged() * (2 * c + F32) * D)
+        return int(here + self._exchanged() * 2 * c * D)
 
     def _exchanged(self) -> float:
         """Rows a device holds of others' tokens, for each of its own."""
@@ -117,9 +117,16 @@ class Tokens:
         if model.num_moe_layers:
             moe = self.n * (self.attention() + self.feed_forward("moe"))
             experts = self.visit * self.experts()
-        again = BACKWARD if self.cfg.training.remat == "none" else 1 + BACKWARD
-        alone = 1 + BACKWARD if self.visit < self.n else again
-        return int(max(dense * again, moe * again + experts * alone))
+        recomputed = 0.0 if self.cfg.training.remat == "none" else 1.0
+        expert_backward = BACKWARD if self.expert == 1 else BACKWARD_EXCHANGED
+        # Several visits are always recomputed one by one.
+        expert_recomputed = 1.0 if self.visit < self.n else recomputed
+        return int(
+            max(
+                dense * (recomputed + BACKWARD),
+                moe * (recomputed + BACKWARD) + experts * (expert_recomputed + expert_backward),
+            )
+        )
 
     def loss(self) -> int:
         """Logits of a chunk, their exponentials and their gradient; gradients of the hidden states."""

@@ -10,12 +10,12 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from dsv3_jax.planning.hardware import NODE
-from dsv3_jax.planning.hlo import SHAPE, bytes_of, computations_of, times_of
+from dsv3_jax.planning.hlo import SHAPE, Instruction, bytes_of, computations_of, times_of
 
 KINDS = (
     "all-gather",
@@ -98,42 +98,46 @@ def parse(text: str, devices: int, lowered: str = "") -> list[Collective]:
       ValueError: the text holds no ENTRY computation.
     """
     computations, entry = computations_of(text)
-    times = times_of(computations, entry)
     narrow = _narrow(lowered)
-    found = []
-    for name, instructions in computations.items():
-        runs, counted = times.get(name, (0, True))
-        if not runs:
+    return [
+        dataclasses.replace(one, times=runs, counted=counted)
+        for name, by_kind in times_of(computations, entry).items()
+        for one in _collectives(computations[name], devices, narrow)
+        for counted, runs in by_kind.items()
+        if runs
+    ]
+
+
+def _collectives(
+    instructions: dict[str, Instruction], devices: int, narrow: set[tuple[str, int]]
+) -> Iterator[Collective]:
+    """Those of one computation, as if it ran once."""
+    for one in instructions.values():
+        kind = one.opcode.removesuffix("-start")
+        if kind not in KINDS:
             continue
-        for one in instructions.values():
-            kind = one.opcode.removesuffix("-start")
-            if kind not in KINDS:
-                continue
-            groups = _groups(one.rest, devices)
-            operands = [instructions[operand] for operand in one.operands if operand in instructions]
-            if kind == "ragged-all-to-all":
-                operands = operands[:1]
-            size = sum(bytes_of(operand.type) for operand in operands)
-            dtypes = sorted({match[0] for operand in operands for match in SHAPE.findall(operand.type)})
-            upcast = dtypes == ["f32"] and (kind, size // 4) in narrow
-            op_name = _OP_NAME.search(one.rest)
-            group = 2 if kind == "collective-permute" else groups.shape[1]
-            if group == 1 or not size:
-                continue
-            found.append(
-                Collective(
-                    kind=kind,
-                    operand_bytes=size // 2 if upcast else size,
-                    group=group,
-                    times=runs,
-                    per_node=group // max(len(set(members)) for members in (groups // NODE).tolist()),
-                    counted=counted,
-                    where=op_name[1] if op_name else one.name,
-                    dtype="bf16" if upcast else "+".join(dtypes),
-                    upcast=upcast,
-                )
-            )
-    return found
+        groups = _groups(one.rest, devices)
+        operands = [instructions[operand] for operand in one.operands if operand in instructions]
+        if kind == "ragged-all-to-all":
+            operands = operands[:1]
+        size = sum(bytes_of(operand.type) for operand in operands)
+        dtypes = sorted({match[0] for operand in operands for match in SHAPE.findall(operand.type)})
+        upcast = dtypes == ["f32"] and (kind, size // 4) in narrow
+        group = 2 if kind == "collective-permute" else groups.shape[1]
+        if group == 1 or not size:
+            continue
+        op_name = _OP_NAME.search(one.rest)
+        yield Collective(
+            kind=kind,
+            operand_bytes=size // 2 if upcast else size,
+            group=group,
+            times=1,
+            per_node=group // max(len(set(members)) for members in (groups // NODE).tolist()),
+            counted=True,
+            where=op_name[1] if op_name else one.name,
+            dtype="bf16" if upcast else "+".join(dtypes),
+            upcast=upcast,
+        )
 
 
 def by_kind(collectives: Iterable[Collective]) -> dict[str, int]:

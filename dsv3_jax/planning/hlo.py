@@ -108,13 +108,13 @@ def bytes_of(type_text: str) -> int:
 # --- how often ------------------------------------------------------------------------------------------------
 
 
-def times_of(computations: Computations, entry: str) -> dict[str, tuple[int, bool]]:
-    """For every computation: how often a step runs it, and whether all trip counts on the way are known."""
-    times: dict[str, tuple[int, bool]] = {}
+def times_of(computations: Computations, entry: str) -> dict[str, dict[bool, int]]:
+    """How often a step runs each computation: {True: by known trip counts, False: inside a loop of unknown length}."""
+    times: dict[str, dict[bool, int]] = {}
 
     def visit(name: str, runs: int, counted: bool) -> None:
-        before, known = times.get(name, (0, True))
-        times[name] = (before + runs, known and counted)
+        by_kind = times.setdefault(name, {})
+        by_kind[counted] = by_kind.get(counted, 0) + runs
         for one in computations[name].values():
             called = [n for match in _CALLED.findall(one.rest) for n in _names(match)]
             trips = _trip_count(one, computations) if one.opcode == "while" else 1
