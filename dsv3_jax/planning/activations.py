@@ -100,8 +100,8 @@ class Tokens:
         else:
             dense = c * d["D"]
             if policy == "latents":
-                # attention_out is kept twice: by its name, and as the residual of its custom gradient.
-                dense += c * (d["A"] + d["C"] + d["R"] + 2 * d["H"] * d["U"]) + F32 * d["H"]
+                # The trace stacks attention_out twice, by its name and for its own gradient; XLA merges the two.
+                dense += c * (d["A"] + d["C"] + d["R"] + d["H"] * d["U"]) + F32 * d["H"]
             moe = dense
         size = model.num_dense_layers * dense + model.num_moe_layers * moe
         depth = model.num_nextn_predict_layers

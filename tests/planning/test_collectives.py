@@ -138,6 +138,23 @@ def test_numbered_operands_are_all_counted() -> None:
     assert (exchange.operand_bytes, exchange.group) == (8 * BLOCK, 8)
 
 
+@pytest.mark.parametrize(("types", "dtype"), [(["bf16"], "bf16"), (["bf16", "f32"], "f32"), ([], "f32")])
+def test_a_size_counts_as_bfloat16_only_if_it_is_never_exchanged_in_float32(
+    types: list[str], dtype: str
+) -> None:
+    text = """ENTRY %main (p0: f32[4,8]) -> f32[16,8] {
+  %p0 = f32[4,8]{1,0} parameter(0)
+  ROOT %ag = f32[16,8]{1,0} all-gather(%p0), replica_groups=[2,4]<=[8], dimensions={0}
+}
+"""
+    lowered = "\n".join(
+        f'    %1 = "stablehlo.all_gather"(%0) <{{all_gather_dim = 0 : i64}}> : (tensor<4x8x{t}>) -> tensor<16x8x{t}>'
+        for t in types
+    )
+    (gather,) = parse(text, 8, lowered)
+    assert (gather.dtype, gather.operand_bytes) == (dtype, BLOCK // (2 if dtype == "bf16" else 1))
+
+
 def test_bytes_of_types() -> None:
     assert bytes_of("bf16[2,8]{1,0}") == 32
     assert bytes_of("(f32[3], s4[4], pred[5], f8e4m3fn[2], token[])") == 12 + 2 + 5 + 2

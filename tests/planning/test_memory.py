@@ -90,6 +90,10 @@ def test_kept_activations_are_what_the_traced_program_stacks(remat: str, dtype: 
         for out in scan.outvars[scan.params["num_carry"] :]
         if {T, T * K} & set(out.aval.shape)
     )
+    if remat == "latents":  # attention_out is stacked twice; XLA finds the two outputs of the loop equal
+        model = cfg.model
+        width = model.num_attention_heads * model.v_head_dim * jnp.dtype(dtype).itemsize
+        stacked -= model.num_hidden_layers * T * width
     tokens = Tokens(cfg, mesh)
     final_norm = tokens.n * tokens._norm(D)
     assert tokens.kept() - final_norm == pytest.approx(stacked, rel=0.06)
