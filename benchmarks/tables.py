@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md", "docs/planning.md")
+PAGES = ("README.md", "docs/performance.md", "docs/planning.md", "docs/training.md")
 
 
 def _load(name: str) -> dict[str, Any]:

@@ -1,157 +1,25 @@
-"""Counts derived from the abstract parameter tree; there is no second list of parameters."""
+"""The counts of `dsv3_jax.model.counts`, under the name they had before training needed them too."""
 
-from __future__ import annotations
-
-import dataclasses
-import math
-from collections.abc import Iterable
-from typing import Any
-
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.hf.rules import flatten_paths
-from dsv3_jax.model import abstract_variables
-from dsv3_jax.parallel import axes_of
-
-GROUPS = (
-    "embedding",
-    "attention",
-    "indexer",
-    "dense feed-forward",
-    "router",
-    "routed experts",
-    "shared experts",
-    "norms",
-    "head",
-    "multi-token module",
+from dsv3_jax.model.counts import (
+    GROUPS,
+    Leaf,
+    active_parameters,
+    bytes_per_device,
+    cache_bytes_per_token,
+    flops_per_token,
+    leaves,
+    total,
+    train_flops_per_token,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One array of the parameter tree.
-
-    Attributes:
-      path: e.g. "params/moe/attention/q_b_HQA".
-      letters: its dimension letters, the layer axis included.
-      shape: sizes of these dimensions.
-      group: one of GROUPS.
-    """
-
-    path: str
-    letters: tuple[str, ...]
-    shape: tuple[int, ...]
-    group: str
-
-    @property
-    def size(self) -> int:
-        """Number of parameters."""
-        return math.prod(self.shape)
-
-
-def leaves(cfg: ModelConfig) -> list[Leaf]:
-    """Every leaf of the model, in order of paths."""
-    flat = flatten_paths(abstract_variables(cfg))
-    return [Leaf(path, axes_of(path, leaf), leaf.shape, _group(path)) for path, leaf in flat.items()]
-
-
-def _group(path: str) -> str:
-    name = path.rsplit("/", 1)[1]
-    # First match decides: the multi-token module is one group whatever is inside it.
-    tests: tuple[tuple[bool, str], ...] = (
-        (path.split("/")[1] == "mtp", "multi-token module"),
-        ("/indexer/" in path, "indexer"),
-        ("/experts/" in path, "routed experts"),
-        ("/shared/" in path, "shared experts"),
-        ("/router/router_" in path or path.startswith("router/"), "router"),
-        ("norm" in name, "norms"),
-        ("/attention/" in path, "attention"),
-        ("/mlp/" in path, "dense feed-forward"),
-        (name.startswith("embed"), "embedding"),
-        (name.startswith("head"), "head"),
-    )
-    return next(group for matches, group in tests if matches)
-
-
-def total(items: Iterable[Leaf], *, mtp: bool = True) -> int:
-    """Number of parameters, with or without the multi-token module."""
-    return sum(leaf.size for leaf in items if mtp or leaf.group != "multi-token module")
-
-
-def active_parameters(cfg: ModelConfig, items: Iterable[Leaf]) -> dict[str, int]:
-    """Parameters that take part in the forward pass of one token of the main model.
-
-    Everything counts but the routed experts that were not chosen, of which num_experts_per_tok / n_routed_experts
-    remain.
-
-    Returns:
-      "all": with embedding and head. "without_embedding": the embedding is a lookup of one row; published figures
-      (V3: 37B) count like this. "without_embedding_and_head": the layers alone.
-    """
-    counts = dict.fromkeys(GROUPS, 0)
-    for leaf in items:
-        counts[leaf.group] += leaf.size
-    counts.pop("multi-token module")
-    if cfg.num_moe_layers:
-        counts["routed experts"] = counts["routed experts"] * cfg.num_experts_per_tok // cfg.n_routed_experts
-    every = sum(counts.values())
-    head = counts["embedding"] if cfg.tie_word_embeddings else counts["head"]
-    layers = every - counts["embedding"] - counts["head"]
-    return {"all": every, "without_embedding": layers + head, "without_embedding_and_head": layers}
-
-
-def flops_per_token(cfg: ModelConfig, items: Iterable[Leaf], context: int) -> dict[str, float]:
-    """Floating-point operations of the forward pass of one token of the main model.
-
-    matmul: 2 per active parameter of every matrix (embedding excluded: a lookup; norms and biases excluded).
-    attention_mean: a sequence of `context` tokens processed whole in the expanded form, mean over its tokens:
-      per layer 2 H (Q + U) keys, where a token at position t sees t + 1 keys (at most index_topk with an indexer).
-    attention_decode: the token after `context` cached ones in the absorbed form: per layer 2 H (J + C) keys.
-    An indexer adds 2 Y Z a cached token. Softmax, norms and activations are left out (below 1 %).
-    forward and decode are the sums; train is 3 forward, recomputation not counted.
-    """
-    items = list(items)
-    matmul = 0.0
-    for leaf in items:
-        matrix = len([letter for letter in leaf.letters if letter != "L"]) > 1
-        if not matrix or leaf.group == "multi-token module":
-            continue
-        if leaf.group == "embedding" and not cfg.tie_word_embeddings:
-            continue
-        chosen = cfg.num_experts_per_tok / cfg.n_routed_experts if leaf.group == "routed experts" else 1
-        matmul += 2 * leaf.size * chosen
-    H, C, R = cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
-    Q, U, L = cfg.qk_nope_head_dim + R, cfg.v_head_dim, cfg.num_hidden_layers
-    limit = cfg.index_topk if cfg.has_indexer else context
-    short = min(limit, context)  # positions before this see all earlier tokens
-    mean_keys = (short * (short + 1) / 2 + (context - short) * limit) / context
-    index = 2 * cfg.index_n_heads * cfg.index_head_dim
-    mean = L * (2 * H * (Q + U) * mean_keys + index * (context + 1) / 2)
-    decode = L * (2 * H * (C + R + C) * min(limit, context) + index * context)
-    return {
-        "matmul": matmul,
-        "attention_mean": mean,
-        "attention_decode": decode,
-        "forward": matmul + mean,
-        "decode": matmul + decode,
-        "train": 3 * (matmul + mean),
-    }
-
-
-def cache_bytes_per_token(cfg: ModelConfig, bytes_per_value: int) -> int:
-    """Latent cache of one token over all layers of the main model: C + R values, and Z index values (V3.2)."""
-    values = cfg.kv_lora_rank + cfg.qk_rope_head_dim + (cfg.index_head_dim if cfg.has_indexer else 0)
-    return cfg.num_hidden_layers * values * bytes_per_value
-
-
-def bytes_per_device(
-    items: Iterable[Leaf], specs: dict[str, Any], axis_sizes: dict[str, int], width: int
-) -> int:
-    """Bytes a device holds of all leaves, `width` bytes a parameter, cut by their specs."""
-    held = 0
-    for leaf in items:
-        parts = 1
-        for entry in specs[leaf.path]:
-            for axis in (entry,) if isinstance(entry, str) else entry or ():
-                parts *= axis_sizes[axis]
-        held += leaf.size // parts * width
-    return held
+__all__ = [
+    "GROUPS",
+    "Leaf",
+    "active_parameters",
+    "bytes_per_device",
+    "cache_bytes_per_token",
+    "flops_per_token",
+    "leaves",
+    "total",
+    "train_flops_per_token",
+]

@@ -6,6 +6,7 @@ import dataclasses
 
 from dsv3_jax.config import nearest
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.hardware import peak_flops
 
 # Devices of one node, joined by NVLink: the HGX and DGX boards of every GPU below hold eight.
 NODE = 8
@@ -34,7 +35,7 @@ class Hardware:
     name: str
     flops: float
     flops32: float
-    memory: int
+    memory: float
     memory_rate: float
     nvlink: float
     network: float
@@ -45,22 +46,23 @@ class Hardware:
 
 
 # NVIDIA's data sheets state sparse rates and both directions of NVLink; both are halved here.
+# bfloat16 rates are those of `dsv3_jax.hardware`, by which a run's MFU is told too.
 HARDWARE: dict[str, Hardware] = {
-    one.name.lower(): one
-    for one in (
+    name.lower(): Hardware(name, peak_flops(name) or 0.0, *rest)
+    for name, *rest in (
         # https://www.nvidia.com/en-us/data-center/h100/ (SXM5: 1,979 TFLOP/s sparse, 80 GB, 3.35 TB/s, 900 GB/s);
         # https://docs.nvidia.com/dgx/dgxh100-user-guide/ (eight 400 Gb/s ConnectX-7).
-        Hardware("H100", 989.4e12, 67e12, 80 * 10**9, 3.35e12, 450e9, 50e9),
+        ("H100", 67e12, 80e9, 3.35e12, 450e9, 50e9),
         # https://www.nvidia.com/en-us/data-center/h200/ (SXM: 1,979 TFLOP/s sparse, 141 GB, 4.8 TB/s, 900 GB/s);
         # https://docs.nvidia.com/dgx/dgxh100-user-guide/ (DGX H200: the same eight adapters).
-        Hardware("H200", 989.4e12, 67e12, 141 * 10**9, 4.8e12, 450e9, 50e9),
+        ("H200", 67e12, 141e9, 4.8e12, 450e9, 50e9),
         # https://www.nvidia.com/en-us/data-center/dgx-b200/ (eight GPUs: 1,440 GB, 64 TB/s, 14.4 TB/s of NVLink);
         # https://www.nvidia.com/en-us/data-center/hgx/ (HGX B200: 36 PFLOP/s FP16/BF16 sparse for eight);
         # https://docs.nvidia.com/dgx/dgxb200-user-guide/introduction-to-dgxb200.html (eight 400 Gb/s ConnectX-7).
-        Hardware("B200", 2250e12, 75e12, 180 * 10**9, 8.0e12, 900e9, 50e9),
+        ("B200", 75e12, 180e9, 8.0e12, 900e9, 50e9),
         # https://www.nvidia.com/en-us/data-center/a100/ (SXM4 80 GB: 312 TFLOP/s dense, 2,039 GB/s, 600 GB/s);
         # https://docs.nvidia.com/dgx/dgxa100-user-guide/ (eight 200 Gb/s ConnectX-6).
-        Hardware("A100", 312e12, 19.5e12, 80 * 10**9, 2.039e12, 300e9, 25e9),
+        ("A100", 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
     )
 }
 
