@@ -117,13 +117,9 @@ def make_plan(cfg: RunConfig, devices: int, hardware: Hardware, *, compiles: boo
         again += forward["attention_mean"]
     executed = model_flops + again * tokens
     compiled = compile_step(cfg, devices) if compiles else None
-    times = (
-        None
-        if compiled is None
-        else _times(
-            need, model_flops, executed, compiled.collectives, hardware, hardware.rate(cfg.model.dtype)
-        )
-    )
+    times = None
+    if compiled is not None:
+        times = times_of_step(need, model_flops, executed, compiled.collectives, hardware, cfg.model.dtype)
     plan = Plan(cfg.run.name, cfg, shape, hardware, need, (), model_flops, executed, compiled, times)
     return plan if plan.fits else dataclasses.replace(plan, knobs=tuple(knobs(cfg, shape, plan.usable)))
 
@@ -155,14 +151,16 @@ def compile_step(cfg: RunConfig, devices: int) -> Compiled:
     )
 
 
-def _times(
+def times_of_step(
     need: Memory,
     model: float,
     executed: float,
     collectives: Sequence[Collective],
     hardware: Hardware,
-    rate: float,
+    dtype: str,
 ) -> Times:
+    """Times of a step of `model` and `executed` operations a device, computed in `dtype`."""
+    rate = hardware.rate(dtype)
     compute = executed / rate
     # Weights and moments are read and written, gradients read.
     update = (2 * (need.parameters + need.optimizer) + need.parameters) / hardware.memory_rate
