@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/planning.md", "docs/training.md")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -101,11 +101,75 @@ def convert_table() -> str:
     return "\n".join([*lines, "", note])
 
 
+def _gb(n: float) -> str:
+    return f"{n / 1e9:,.0f}" if n >= 1e10 else f"{n / 1e9:.1f}"
+
+
+def fit_table() -> str:
+    """Peak memory of three models on the mesh presets, and what fits which GPU."""
+    result = _load("fit")
+    lines = [
+        "| model | GPUs | state | peak: none | latents | full | full, 8 micro-batches | H100 | H200 | B200 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        peaks = [_gb(row["peaks"][key]["peak"]) for key in ("none, 1", "latents, 1", "full, 1", "full, 8")]
+        words = []
+        for least in row["least_remat"].values():
+            one, more = least["1"], least["8"]
+            words.append("no" if one is None else f"{one}" if more else f"{one}, one micro-batch")
+        lines.append(
+            f"| {row['model']} | {row['devices']:,} | {_gb(row['state'])} | {' | '.join(peaks)} | {' | '.join(words)} |"
+        )
+    note = (
+        f"GB a device; one sequence of {result['seq_len']:,} tokens a device and micro-batch, bfloat16 with float32 "
+        "weights and moments. The last columns name the least training.remat with which one micro-batch fits into "
+        f"{100 * result['usable']:.0f} % of the GPU's memory; “one micro-batch” where accumulation does not fit. "
+        "Estimates of the memory model: state is exact, the rest has not been checked on a GPU. "
+        f"Commit {result['environment']['commit']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def scaling_table() -> str:
+    """Bytes a device sends in a step of the 671B model as devices grow with the batch."""
+    result = _load("scaling")
+    kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
+    lines = [
+        f"| devices | mesh | {' | '.join(f'{kind}, GB' for kind in kinds)} | all, GB | of it off the node, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        mesh = " × ".join(f"{axis} {n}" for axis, n in row["mesh"].items() if n > 1)
+        sent = [row["kinds"].get(kind, {}).get("bytes", 0) for kind in kinds]
+        total, off = (sum(kind[key] for kind in row["kinds"].values()) for key in ("bytes", "network_bytes"))
+        cells = " | ".join(f"{n / 1e9:,.2f}" for n in (*sent, total, off))
+        lines.append(f"| {row['devices']:,} | {mesh} | {cells} |")
+    note = (
+        "One sequence of 4,096 tokens a device and step, bfloat16; read from the compiled step, even routing."
+    )
+    return "\n".join([*lines, "", f"{note} Commit {result['environment']['commit']}."])
+
+
+def planning_table() -> str:
+    """What planning the 671B model takes."""
+    result = _load("plan_full")
+    lines = ["| devices | seconds | seconds of CPU | peak memory, GB |", "|---|---|---|---|"]
+    for run in result["runs"]:
+        lines.append(
+            f"| {run['devices']:,} | {run['seconds']:.0f} | {run['cpu_seconds']:.0f} | {run['peak_bytes'] / 1e9:.1f} |"
+        )
+    return "\n".join([*lines, "", _where(result)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "experts": experts_table,
     "compile_time": compile_time_table,
     "convert": convert_table,
+    "fit": fit_table,
+    "planning": planning_table,
+    "scaling": scaling_table,
 }
 
 

@@ -11,7 +11,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module may import its own row and every row above it in this list, never one below.
 LAYERS: list[set[str]] = [
-    {"dsv3_jax.errors", "dsv3_jax.config"},
+    {"dsv3_jax.errors", "dsv3_jax.hardware", "dsv3_jax.config"},
     {"dsv3_jax.kernels", "dsv3_jax.launch"},
     {"dsv3_jax.errors", "dsv3_jax.hardware", "dsv3_jax.config"},
     {"dsv3_jax.kernels"},
@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"dsv3_jax.model"},
     {"dsv3_jax.inference"},
     {"dsv3_jax.training"},
+    {"dsv3_jax.planning"},
     {"train", "infer", "convert", "dsv3_jax.describe", "dsv3_jax.demo"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
