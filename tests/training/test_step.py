@@ -51,8 +51,8 @@ def _reference() -> tuple[Any, list[dict[str, np.ndarray]]]:
 
 @pytest.mark.parametrize(
     ("accumulate", "mesh"),
-    [(1, (2, 2, 1, 2)), (1, (1, 8, 1, 1)), (4, (1, 1, 1, 1))],
-    ids=["data 2 fsdp 2 tensor 2", "fsdp 8", "4 micro-batches"],
+    [(1, (1, 2, 2, 2)), (1, (2, 1, 4, 1)), (2, (2, 2, 1, 1))],
+    ids=["fsdp 2 expert 2 tensor 2", "data 2 expert 4", "data 2 fsdp 2, 2 micro-batches"],
 )
 def test_first_five_losses_and_biases_do_not_depend_on_the_cut(
     accumulate: int, mesh: tuple[int, int, int, int]
