@@ -1,7 +1,7 @@
 """Will it fit? Peak memory of a training step by the planner's model, nothing compiled: `python -m benchmarks.fit`.
 
 Three models on the mesh presets, one sequence of 4,096 tokens a device and micro-batch, bfloat16 with float32 master
-weights and AdamW. Seconds of work, no accelerator.
+weights and the config's optimiser. Seconds of work, no accelerator.
 """
 
 from __future__ import annotations

@@ -123,7 +123,8 @@ def fit_table() -> str:
         )
     note = (
         f"GB a device; one sequence of {result['seq_len']:,} tokens a device and micro-batch, bfloat16 with float32 "
-        "weights and moments. The last columns name the least training.remat with which one micro-batch fits into "
+        "weights and the config's moments (bfloat16 for V3). The last columns name the least training.remat with which "
+        "one micro-batch fits into "
         f"{100 * result['usable']:.0f} % of the GPU's memory; “one micro-batch” where accumulation does not fit. "
         "Estimates of the memory model: state is exact, the rest has not been checked on a GPU. "
         f"Commit {result['environment']['commit']}."

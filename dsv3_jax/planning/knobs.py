@@ -86,6 +86,9 @@ def _changes(cfg: RunConfig, shape: Mapping[str, int]) -> Iterator[_Change]:
     if training.loss_chunk > 256:
         half = training.loss_chunk // 2
         yield f"--training.loss_chunk {half}", "smaller products", changed("training", loss_chunk=half), shape
+    if cfg.optimizer.moment_dtype == "float32":
+        rounded = changed("optimizer", moment_dtype="bfloat16")
+        yield "--optimizer.moment_dtype bfloat16", "moments are rounded", rounded, shape
     if cfg.model.dtype == "float32":
         yield "--model.dtype bfloat16", "rounding", changed("model", dtype="bfloat16"), shape
     if shape["expert"] * 2 <= cfg.model.n_routed_experts:

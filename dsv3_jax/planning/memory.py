@@ -24,9 +24,6 @@ from dsv3_jax.parallel.leaves import placement_of
 from dsv3_jax.planning.activations import F32, Tokens
 from dsv3_jax.training.step import abstract_state
 
-# The update holds gradients and two more arrays of their size (new weights and moments before they are selected).
-UPDATE = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -114,7 +111,8 @@ def memory(cfg: RunConfig, mesh: Any) -> Memory:
             0,
             weights.reduced + (0 if accumulates else weights.largest_cast),
         ),
-        "update": (0, 0, 0, UPDATE * parameters),
+        # Gradients, and a copy of the moments: XLA does not see that old and new ones may share their place.
+        "update": (parameters, 0, 0, optimizer),
     }
     totals = {name: arguments + sum(parts) for name, parts in phases.items()}
     phase = max(totals, key=totals.__getitem__)
@@ -193,7 +191,7 @@ def _weights(model: ModelConfig, optimizer: OptimizerConfig, mesh: Any) -> _Weig
     total["layer"] = max(layers.values(), default=0) + largest
     total["parameters"] = bytes_per_device(state.params)
     total["optimizer"] = bytes_per_device(state.opt_state)
-    total["other"] = bytes_per_device((state.step, state.router))
+    total["other"] = bytes_per_device(state) - total["parameters"] - total["optimizer"]
     return _Weights(**total)
 
 
