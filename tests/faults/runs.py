@@ -144,7 +144,7 @@ def differences(run: Path, whole: Path, step: int = STEPS) -> list[str]:
         found.append("train_state.json")
 
     def lines(folder: Path) -> list[dict[str, Any]]:
-        timed = {"tokens_per_s", "seconds"}
+        timed = {"tokens_per_s", "seconds", "tflops", "mfu", "mem_gib"}
         records = read_metrics(folder / "metrics.jsonl")
         return [{key: value for key, value in one.items() if key not in timed} for one in records]
 
