@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import math
 import operator
-import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -20,7 +17,6 @@ import numpy as np
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.launch.local import SUPERVISED
 from dsv3_jax.parallel import Feed, barrier, compiled_by_all, first_then_all, make_mesh, processes
 from dsv3_jax.text import Tokenizer
 from dsv3_jax.training.data import Batches
@@ -49,6 +45,7 @@ from dsv3_jax.training.run_folder import (
 )
 from dsv3_jax.training.saving import Saver
 from dsv3_jax.training.schedules import batch_schedule
+from dsv3_jax.training.signals import StopSignals
 from dsv3_jax.training.step import (
     State,
     batch_sharding,
@@ -67,39 +64,6 @@ def say(text: str) -> None:
     """One line to the terminal, at once; of several processes the first speaks."""
     if processes().first:
         print(f"{text}\n", end="", flush=True)  # in one piece: a save in the background speaks too
-
-
-class StopSignals:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second one ends the process at once.
-
-    In a watched process the same signal within a second counts once: SLURM sends it to the watching process, which
-    passes it on, and to this one.
-    """
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        self._at = 0.0
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        before, self._at = self._at, time.monotonic()
-        if self.asked == name and SUPERVISED in os.environ and self._at - before < 1.0:
-            return
-        if self.asked:
-            os.write(2, f"{name} again: ending now, without saving\n".encode())
-            os._exit(128 + number)
-        self.asked = name
-        os.write(2, f"{name}: saving after this step (again: end now)\n".encode())
 
 
 @dataclass
