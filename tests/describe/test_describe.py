@@ -87,7 +87,10 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
             ["configs/tiny.yaml", "--mesh.experts", "2"],
             "unknown argument '--mesh.experts'; did you mean '--mesh.expert'",
         ),
-        (["configs/tiny.yaml", "--mesh.expert", "5"], "E (routed experts) is 16, which is not divisible"),
+        (
+            ["configs/tiny.yaml", "--mesh.expert", "5"],
+            "D (model width) is 128, which is not divisible by the mesh axes expert = 5",
+        ),
         (["configs/tiny.yaml", "--mesh.data", "0"], "mesh.data is 0"),
         (["configs/tiny.yaml", "--context", "0"], "--context is 0"),
         ([], "config"),
