@@ -61,6 +61,7 @@ class Feed:
         first = self.part * len(own)
         placed = []
         for device, index in self.sharding.addressable_devices_indices_map(shape).items():
+            assert index is not None, "a device of this process holds no part"
             start, stop, _ = index[0].indices(shape[0])
             placed.append(jax.device_put(own[start - first : stop - first], device))
         return jax.make_array_from_single_device_arrays(shape, self.sharding, placed)
