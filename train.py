@@ -13,13 +13,22 @@ import sys
 
 from dsv3_jax.cli import parse_run_config
 from dsv3_jax.errors import run_main
-from dsv3_jax.launch import detect, joined, local_commands, supervised_command, take_launch, watch
+from dsv3_jax.launch import (
+    detect,
+    follow_parent,
+    joined,
+    local_commands,
+    supervised_command,
+    take_launch,
+    watch,
+)
 from dsv3_jax.launch.local import SUPERVISED
 from dsv3_jax.planning.command import dry_run, take_options
 
 
 def main() -> int:
     """Parse, build, run; the exit code."""
+    follow_parent()
     plan, arguments = take_options(sys.argv[1:])
     if plan is not None:
         return dry_run(plan, arguments)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.launch.cluster import Member
 
-SUPERVISED = "DSV3_SUPERVISED"  # set for a process that another one watches over
+SUPERVISED = "DSV3_SUPERVISED"  # set for a process that another one watches over: that one's process id
+_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ def local_commands(
                     *arguments,
                     *(f"--distributed.{key}={value}" for key, value in place.items()),
                 ),
-                environment={**environment, **own, SUPERVISED: "1", "PYTHONUNBUFFERED": "1"},
+                environment={**environment, **own, SUPERVISED: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
                 label=f"[{index}] ",
             )
         )
@@ -108,8 +111,18 @@ def supervised_command(
     return Command(
         name=str(member),
         arguments=(sys.executable, script, *arguments),
-        environment={**environment, SUPERVISED: "1"},
+        environment={**environment, SUPERVISED: str(os.getpid())},
     )
+
+
+def follow_parent() -> None:
+    """In a watched process: get SIGTERM (save and end) when the watching process dies. Elsewhere nothing."""
+    parent = os.environ.get(SUPERVISED)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+    if str(os.getppid()) != parent:  # it died before that
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -6,7 +6,6 @@ coordination service prints when it aborts a process is said again in plain word
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -23,7 +22,6 @@ from dsv3_jax.launch.local import Command
 
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL for the others of a process that failed
 SETTLE = 1.0  # seconds in which failures count as one: the cause may be seen after its consequence
-_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 # Words of JAX's coordination service (on stderr, before it aborts the process) and what they mean.
 _ABORT = b"JAX distributed service detected fatal errors"
@@ -42,7 +40,6 @@ class Child:
             stdout=subprocess.PIPE if command.label else None,
             stderr=subprocess.PIPE,
             start_new_session=True,  # a terminal's Ctrl-C comes to the watching process alone, which passes it on
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # no threads run yet
         )
         self.aborted = self.never_joined = False
 
@@ -119,14 +116,6 @@ class Child:
 _output = threading.Lock()
 
 
-def _die_with_parent() -> None:
-    """In the child before it becomes the program: SIGTERM (save and end) when the watching process dies."""
-    _libc.prctl(_DEATH_SIGNAL, signal.SIGTERM)
-
-
-_libc = ctypes.CDLL(None)
-
-
 def watch(commands: Sequence[Command], *, grace: float = GRACE) -> int:
     """Start the commands and watch them until all have ended; the exit code.
 
@@ -145,7 +134,7 @@ def watch(commands: Sequence[Command], *, grace: float = GRACE) -> int:
     try:
         for command in commands:
             children.append(Child(command))
-        for child in children:  # threads only now: a process is not forked beside them
+        for child in children:
             child.follow(exits)
         return _until_all_ended(exits, len(children), children, grace)
     finally:

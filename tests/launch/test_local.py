@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -77,5 +78,5 @@ def test_gpus_are_counted_by_nvidia_smi_where_the_environment_does_not_say(tmp_p
 def test_a_watched_process_keeps_its_command_and_is_not_watched_again() -> None:
     command = supervised_command("train.py", ["--seed", "1"], Member("SLURM", 3, 8), {"SLURM_JOB_ID": "7"})
     assert command.arguments == (sys.executable, "train.py", "--seed", "1")
-    assert command.environment == {"SLURM_JOB_ID": "7", "DSV3_SUPERVISED": "1"}
+    assert command.environment == {"SLURM_JOB_ID": "7", "DSV3_SUPERVISED": str(os.getpid())}
     assert command.name == "process 3 of 8" and command.label == ""

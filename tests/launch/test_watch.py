@@ -102,13 +102,14 @@ def test_signals_are_passed_on(number: int, capfd: pytest.CaptureFixture[str]) -
 def test_when_the_watching_process_is_killed_the_others_are_asked_to_stop(tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     child = (
-        "import pathlib, signal, sys, time\n"
+        "import pathlib, signal, sys, time; from dsv3_jax.launch import follow_parent\n"
         f"signal.signal(15, lambda *_: (pathlib.Path({str(asked)!r}).touch(), sys.exit(0)))\n"
-        "print('up', flush=True); time.sleep(60)"
+        "follow_parent(); print('up', flush=True); time.sleep(60)"
     )
     parent = (
         "import os, sys; from dsv3_jax.launch import Command, watch\n"
-        f"watch([Command('process 0', (sys.executable, '-c', {child!r}), os.environ, '[0] ')])"
+        f"watch([Command('process 0', (sys.executable, '-c', {child!r}), "
+        "{**os.environ, 'DSV3_SUPERVISED': str(os.getpid())}, '[0] ')])"
     )
     with subprocess.Popen(
         [sys.executable, "-c", parent], cwd=REPO, stdout=subprocess.PIPE, text=True

@@ -63,6 +63,10 @@ def test_one_process_feeds_whole_batches_where_they_belong() -> None:
     placed = feed.place(feed.own_rows(batch))
     assert placed["tokens_BT"].sharding == batch_sharding(mesh)
     np.testing.assert_array_equal(placed["tokens_BT"], batch["tokens_BT"])
+    with jax.transfer_guard("disallow"):  # as in the loop
+        parts = feed.from_own_rows(batch["tokens_BT"])
+    assert parts.sharding == batch_sharding(mesh)
+    np.testing.assert_array_equal(parts, batch["tokens_BT"])
 
 
 def test_own_rows_are_the_part_of_any_batch() -> None:
