@@ -39,7 +39,8 @@ Record = dict[str, Any]  # {"size", "sha256"} of a file
 
 
 # Given to the kernel at once. For a larger write it looks for larger runs of free memory, which cost up to three times
-# the CPU time a byte (measured on a virtual machine, 32 KiB against 256 KiB and 1 MiB).
+# the CPU time a byte (measured on a virtual machine, 32 KiB against 256 KiB and 1 MiB). A file that several threads write
+# into gets whole pieces: each write takes the file's lock.
 _WRITE_BYTES = 1 << 15
 
 
@@ -184,13 +185,14 @@ def write_file(file: Path, pieces: Iterator[np.ndarray], offset: int = 0) -> Rec
     Returns the number of bytes and their SHA-256. The file is made if it does not exist, never shortened.
     """
     digest, position = hashlib.sha256(), offset
+    at_once = _WRITE_BYTES if offset == 0 else PIECE_BYTES
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         for piece in pieces:
             data = piece.reshape(-1).view(np.uint8).data
             digest.update(data)
             while len(data):
-                count = os.pwrite(fd, data[:_WRITE_BYTES], position)
+                count = os.pwrite(fd, data[:at_once], position)
                 position += count
                 data = data[count:]
         start_flush(fd, offset, position - offset)

@@ -336,7 +336,7 @@ class Trainer:
             if self.byte_lengths_V is not None:
                 ids = batch["targets_BT"]
                 size += int(self.byte_lengths_V[ids[ids >= 0]].sum())
-        if not total.targets:
+        if total is None or not total.targets:
             say(
                 "note: no held-out document was found: no evaluation (a higher data.val_fraction holds out more)"
             )
