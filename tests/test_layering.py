@@ -13,6 +13,8 @@ REPO = Path(__file__).resolve().parent.parent
 LAYERS: list[set[str]] = [
     {"dsv3_jax.errors", "dsv3_jax.hardware", "dsv3_jax.config"},
     {"dsv3_jax.kernels", "dsv3_jax.launch"},
+    {"dsv3_jax.errors", "dsv3_jax.hardware", "dsv3_jax.config"},
+    {"dsv3_jax.kernels", "dsv3_jax.launch"},
     {"dsv3_jax.parallel"},
     {"dsv3_jax.text", "dsv3_jax.hf", "dsv3_jax.checkpoint", "dsv3_jax.cli"},
     {"dsv3_jax.model"},
