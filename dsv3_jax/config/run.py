@@ -197,7 +197,7 @@ class OptimizerConfig:
     muon_steps: int = 5
     """Newton-Schulz iterations."""
     muon_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What Newton-Schulz computes in; bfloat16, as published, is much cheaper on GPUs."""
+    """What Newton-Schulz computes in; it was published with bfloat16, which GPUs multiply faster."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optimizer.lr", self.lr, "a number above 0")
