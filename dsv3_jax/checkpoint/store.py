@@ -39,8 +39,8 @@ Record = dict[str, Any]  # {"size", "sha256"} of a file
 
 
 # Given to the kernel at once. For a larger write it looks for larger runs of free memory, which cost up to three times
-# the CPU time a byte (measured on a virtual machine, 32 KiB against 256 KiB and 1 MiB). A file that several threads write
-# into gets whole pieces: each write takes the file's lock.
+# the CPU time a byte (measured on a virtual machine, 32 KiB against 256 KiB and 1 MiB). A file that several threads
+# write into gets whole pieces: each write takes the file's lock.
 _WRITE_BYTES = 1 << 15
 
 
