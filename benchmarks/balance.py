@@ -1,7 +1,7 @@
-"""The balance rule against none, on real text: `python -m benchmarks.balance [--steps N]`.
+"""The balance rule against none, on real text: `python -m benchmarks.balance [--size 10m|100m] [--steps N]`.
 
-Trains configs/balance-10m.yaml twice from the same seed on the same batches, with the rule and with its rate set to 0
-and nothing else changed, and writes docs/results/balance.json and balance.svg. A run that was stopped goes on.
+Trains configs/balance-SIZE.yaml twice from the same seed on the same batches, with the rule and with its rate set to 0
+and nothing else changed, and writes docs/results/balance-SIZE.json and .svg. A run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from dsv3_jax.training.metrics import Record, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-CONFIG = ROOT / "configs" / "balance-10m.yaml"
 ARMS = {"with": "with the balance rule", "without": "without"}
 CURVES = {
     "balanced_fraction": "Share of experts within ±50 % of their layer's mean load",
@@ -91,22 +90,25 @@ def main() -> int:
     """Run both arms, write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.balance", description=__doc__)
     parser.add_argument("--steps", type=int, help="of each arm (default: the config's)")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "balance", help="folder of the two runs")
+    parser.add_argument("--size", choices=("10m", "100m"), default="10m")
+    parser.add_argument("--runs", type=Path, help="folder of the two runs (default: runs/balance-SIZE)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where JSON and SVG go")
     arguments = parser.parse_args(sys.argv[1:])
     from dsv3_jax.training.trainer import train
 
-    arms, cfg = {}, load_run_config(CONFIG)
+    name = f"balance-{arguments.size}"
+    runs = arguments.runs or ROOT / "runs" / name
+    arms, cfg = {}, load_run_config(ROOT / "configs" / f"{name}.yaml")
     for arm in ARMS:
-        code = train(arm_config(cfg, arm, arguments.steps, arguments.runs))
-        records = read_metrics(arguments.runs / arm / "metrics.jsonl")
+        code = train(arm_config(cfg, arm, arguments.steps, runs))
+        records = read_metrics(runs / arm / "metrics.jsonl")
         if code or records[-1]["step"] < (arguments.steps or cfg.training.steps):
             return code or 1  # stopped by a signal: start again to go on
         arms[arm] = records
     result = {
-        "command": "python -m benchmarks.balance",
+        "command": f"python -m benchmarks.balance --size {arguments.size}",
         "environment": environment(),
-        "config": CONFIG.name,
+        "config": f"{name}.yaml",
         "seed": cfg.seed,
         "tokens": arms["with"][-1]["tokens"],
         "balance_update_rate": cfg.training.balance_update_rate,
@@ -115,8 +117,8 @@ def main() -> int:
         "curves": {arm: {key: curve(records, key) for key in CURVES} for arm, records in arms.items()},
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / "balance.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.results / "balance.svg").write_text(picture(arms))
+    (arguments.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.results / f"{name}.svg").write_text(picture(arms))
     print(json.dumps(result["arms"], indent=1))
     return 0
 
