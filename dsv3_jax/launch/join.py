@@ -24,6 +24,7 @@ _LOST_WORDS = (
     "coordination service",
     "CoordinationService",
     "unhealthy",
+    "DEADLINE_EXCEEDED",
 )
 
 

@@ -11,6 +11,9 @@ from dsv3_jax.errors import ConfigError, DataError, StorageError, UserError
 from dsv3_jax.parallel.processes import processes
 
 T = TypeVar("T")
+_ALONE_S = (
+    24 * 3600.0
+)  # process 0 may tokenise or hash terabytes; if it dies the service's heartbeat ends the others
 
 
 def from_first(name: str, make: Callable[[], T]) -> T:
@@ -22,7 +25,7 @@ def from_first(name: str, make: Callable[[], T]) -> T:
     if group.count == 1:
         return make()
     if not group.first:
-        told = group.exchange(name, None)[0]
+        told = group.exchange(name, None, _ALONE_S)[0]
         if "error" in told:
             kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
             raise kinds.get(told["code"], UserError)(f"process 0: {told['error']}")

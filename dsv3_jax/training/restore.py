@@ -134,12 +134,17 @@ def init_notes(cfg: RunConfig, source: Source) -> list[str]:
 
 
 def init_weights(cfg: RunConfig, source: Source) -> dict[str, Any]:
-    """float32 variables from `source`; a multi-token module it lacks is initialised from the seed."""
+    """float32 variables from `source`, on the host; a multi-token module it lacks is initialised from the seed."""
     want = flatten_paths(abstract_variables(cfg.model))
     leaves = {path: leaf for path, leaf in flatten_paths(source.load("float32")).items() if path in want}
-    if set(want) - set(leaves):
-        fresh = flatten_paths(jax.jit(lambda key: init_variables(cfg.model, key))(jax.random.key(cfg.seed)))
-        leaves.update({path: fresh[path] for path in want if path not in leaves})
+    missing = [path for path in want if path not in leaves]
+    if missing:
+
+        def fresh(key: jax.Array) -> dict[str, jax.Array]:  # the rest of the model is never drawn
+            values = flatten_paths(init_variables(cfg.model, key))
+            return {path: values[path] for path in missing}
+
+        leaves.update(jax.device_get(jax.jit(fresh)(jax.random.key(cfg.seed))))
     return {"params": {}, "router": {}, **unflatten_paths(leaves)}
 
 

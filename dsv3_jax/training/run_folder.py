@@ -73,10 +73,10 @@ class RunFolder:
         now = _flat(to_mapping(cfg))
         for key in sorted(saved.keys() | now.keys()):
             if saved.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER):
+                free = ", ".join(name if not name.endswith(".") else f"{name}*" for name in _MAY_DIFFER)
                 raise ConfigError(
                     f"{self.path} is a run with {key} = {saved.get(key)!r}, not {now.get(key)!r}; on resume only "
-                    "training.steps, checkpoint, logging, mesh, moe and distributed keys may differ (a new run needs "
-                    "another run.dir)"
+                    f"{free} may differ (a new run needs another run.dir)"
                 )
 
     def save_config(self, cfg: RunConfig) -> None:

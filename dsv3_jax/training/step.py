@@ -111,7 +111,15 @@ def init_state(cfg: RunConfig, mesh: jax.sharding.Mesh, variables: Any = None) -
         opt_state = make_optimizer(cfg.optimizer).init(params)
         return State(jnp.zeros((), jnp.int32), params, variables["router"], opt_state, init_guard())
 
-    return jax.jit(start, out_shardings=where, donate_argnums=0)(jax.device_put(variables, weights))
+    placed = jax.tree.map(_placed, variables, weights)
+    return jax.jit(start, out_shardings=where, donate_argnums=0)(placed)
+
+
+def _placed(x: Any, where: NamedSharding) -> Array:
+    """x cut as `where` says. Of a host array each process takes its devices' parts; nothing is sent or compared."""
+    if isinstance(x, jax.Array):
+        return jax.device_put(x, where)
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
 def abstract_state(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:

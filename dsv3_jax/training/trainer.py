@@ -244,9 +244,10 @@ class Trainer:
             pending = _Pending(step, metrics, rows, self.batches.progress())
             # A save that failed in one of several processes failed in all: they leave after the same step.
             asked = self.signals.asked is not None or self.saver.failed
-            stop = self.group.stop_at(step, asked) or self.not_applied >= NOT_APPLIED_LIMIT
+            stop = self.group.stop_at(step, asked)
             save = stop or step == steps or step % cfg.checkpoint.every == 0
-            if not (self._evaluates(step) or save):
+            # After ten steps that were not applied this one decides whether the run ends.
+            if not (self._evaluates(step) or save or self.not_applied >= NOT_APPLIED_LIMIT):
                 continue
             record = self._record(pending, evaluate=self._evaluates(step))
             pending = None
