@@ -34,6 +34,7 @@ from dsv3_jax.checkpoint.layout import (
 from dsv3_jax.errors import DataError
 from dsv3_jax.hf.rules import unflatten_paths
 from dsv3_jax.hf.safetensors import PIECE_BYTES, read_array
+from dsv3_jax.parallel.helpers import helpers_keep_running
 
 Record = dict[str, Any]  # {"size", "sha256"} of a file
 
@@ -153,13 +154,14 @@ def _save_elements_alone(item: Path, tree: Any) -> None:
         raise TypeError("several processes save trees of nested dictionaries only")
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     package = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "dsv3_jax.checkpoint.skeleton", str(item)],
-        input=json.dumps({"dtypes": dtypes, "empty": empty}),
-        env={**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{package}:{kept.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-    )
+    with helpers_keep_running():
+        done = subprocess.run(
+            [sys.executable, "-m", "dsv3_jax.checkpoint.skeleton", str(item)],
+            input=json.dumps({"dtypes": dtypes, "empty": empty}),
+            env={**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{package}:{kept.get('PYTHONPATH', '')}"},
+            capture_output=True,
+            text=True,
+        )
     if done.returncode:
         raise RuntimeError(f"{item}: Orbax could not make the skeleton:\n{done.stderr[-2000:]}")
 

@@ -225,7 +225,7 @@ class CheckpointConfig:
     """Newest checkpoints kept; 0 keeps all."""
     keep_best: int = 0
     """Checkpoints kept besides for the lowest held-out loss (checkpoints/best.json names them); above 0 every
-    checkpoint is evaluated."""
+    checkpoint but that of a stop is evaluated."""
     asynchronous: bool = True
     """Training goes on while a checkpoint is written; it needs memory on the host for a copy of the state."""
 

@@ -132,11 +132,11 @@ def _bias_cards(records: Sequence[Record]) -> list[str]:
 
 
 def _heat_card(records: Sequence[Record], config: Mapping[str, Any]) -> list[str]:
-    have = [record for record in records if record.get("expert_counts")]
+    have = [record for record in records if np.size(record.get("expert_counts", ()))]
     if not have:
         return []
     depth = config["model"].get("num_nextn_predict_layers", 0)
-    L, E = np.asarray(have[-1]["expert_counts"]).shape
+    L, E = have[-1]["expert_counts"].shape
     main = L - depth
     first = config["model"].get("num_hidden_layers", main) - main
     names = [f"layer {first + row}" for row in range(main)] + [f"mtp {k}" for k in range(depth)]

@@ -10,7 +10,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from dsv3_jax.hardware import peak_flops
 from dsv3_jax.model.counts import train_flops_per_token
 
 Record = dict[str, Any]
+_BLOCK = 1 << 16  # read at once
 
 
 class MetricsLog:
@@ -29,9 +30,7 @@ class MetricsLog:
     def __init__(self, path: str | Path) -> None:
         """Opens the file; a line that a killed process left half-written is cut off."""
         self._file = open(path, "a+b")  # noqa: SIM115  closed by close()
-        self._file.seek(0)
-        whole = self._file.read().rfind(b"\n") + 1
-        self._file.truncate(whole)
+        self._file.truncate(_end_of_lines(self._file))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line; floats keep full precision, those that are not finite become null."""
@@ -50,6 +49,19 @@ class MetricsLog:
         self._file.close()
 
 
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line ends, looked for from the end."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(end - _BLOCK, 0)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
 def _json_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
@@ -63,17 +75,23 @@ def _json_value(value: Any) -> Any:
 def read_metrics(path: str | Path) -> list[Record]:
     """The record of each step in ascending order; of lines for the same step the last counts.
 
+    `expert_counts` is an array of int32 [L, E] (thousands of numbers a step; lists take nine times the memory).
     Raises DataError naming the line that is not a JSON object with a step. A last line without its end is left out.
     """
     records: dict[int, Record] = {}
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-            records[int(record["step"])] = record
-        except (ValueError, TypeError, KeyError):
-            raise DataError(
-                f"{path}:{number}: expected a JSON object with a step, found {line[:60]!r}"
-            ) from None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+                if "expert_counts" in record:
+                    record["expert_counts"] = np.asarray(record["expert_counts"], np.int32)
+                records[int(record["step"])] = record
+            except (ValueError, TypeError, KeyError, OverflowError):
+                raise DataError(
+                    f"{path}:{number}: expected a JSON object with a step, found {line[:60]!r}"
+                ) from None
     return [records[step] for step in sorted(records)]
 
 

@@ -154,7 +154,10 @@ class MixedEvaluation:
 
     def in_order(self, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
         """Every row of every source once, by weight as long as there are rows of each."""
-        left = {source: part.in_order(1) for source, part in enumerate(self._parts)}
+        rows = (
+            None if max_batches is None else max_batches * batch_size
+        )  # text is tokenised only as far as asked for
+        left = {source: part.in_order(1, rows) for source, part in enumerate(self._parts)}
         schedule, position, done = Schedule(self._weights, 0), 0, 0
         while left and done != max_batches:
             batch, row = empty_batch(batch_size, self._seq_len), 0

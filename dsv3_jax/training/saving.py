@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,7 @@ def drop_old(run: Path, cfg: CheckpointConfig, step: int, val_loss: float | None
     best: list[int] = []
     if cfg.keep_best:
         losses = {number: loss for number, loss in read_best(run).items() if number in whole}
-        if val_loss is not None:
+        if val_loss is not None and math.isfinite(val_loss):
             losses[step] = val_loss
         best = sorted(losses, key=lambda number: (losses[number], number))[: cfg.keep_best]
         record = {"best": best[0] if best else None, "val_loss": {str(n): losses[n] for n in best}}

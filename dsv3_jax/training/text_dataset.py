@@ -15,12 +15,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsv3_jax.errors import ConfigError, DataError
+from dsv3_jax.parallel.helpers import helpers_keep_running
 from dsv3_jax.text import Tokenizer
 from dsv3_jax.training.rows import Batch, empty_batch
 from dsv3_jax.training.text_files import TextFile, identity_of, open_text
@@ -90,7 +92,9 @@ class TextDataset:
                 flags.FLAGS.mark_as_parsed()
             pool = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             dataset = dataset.mp_prefetch(pool, worker_init_fn=prepare_worker)
-        return iter(dataset)
+            resource_tracker.ensure_running()  # its start takes back what `helpers_keep_running` does
+        with helpers_keep_running():
+            return iter(dataset)
 
     def _stop(self) -> None:
         if self._iterator is not None:
@@ -101,7 +105,9 @@ class TextDataset:
         """The next window."""
         if self._iterator is None:
             self._iterator = self._start()
-        rows = unpack(next(self._iterator), self.seq_len)
+        with helpers_keep_running():  # the first call starts the workers
+            message = next(self._iterator)
+        rows = unpack(message, self.seq_len)
         count = len(rows["tokens_BT"])
         self._empty = 0 if count else self._empty + 1
         if self._empty > self.windows.per_epoch:
@@ -135,20 +141,23 @@ class TextDataset:
         while self._rows and self._rows[0][0] + len(self._rows[0][1]["tokens_BT"]) <= position:
             self._rows.pop(0)
 
-    def _window_before(self, position: int) -> int:
-        """Place in `_made` of the window that holds the row before `position`; -1 if that was made earlier."""
-        return bisect.bisect_left(self._made, position, key=lambda window: window[0]) - 1
-
     def cursor(self, position: int, seed: int) -> list[int]:
-        """[window, its first position] of the row before `position`."""
+        """[window, its first position] of the row before `position`.
+
+        It needs only where the windows are: their rows may have been dropped, for `sample` may be ahead in another
+        thread.
+        """
         if position == 0:
             return [0, 0]
-        if seed != self._seed or self._end < position:  # rows that only other hosts have needed so far
-            self.sample(position - 1, 1, seed)
-        at = self._window_before(position)
-        assert at >= 0, (position, self._made[:1])
-        first, number = self._made[at]
-        del self._made[:at]
+        with self._lock:
+            if seed != self._seed:
+                self._reset(seed, 0, 0)
+            while self._end < position:  # rows that only other hosts have needed so far
+                self._make()
+            at = _window_before(self._made, position)
+            assert at >= 0, (position, self._made[:1])
+            first, number = self._made[at]
+            del self._made[:at]
         return [number, first]
 
     def seek(self, cursor: Any, seed: int) -> None:
@@ -158,8 +167,11 @@ class TextDataset:
 
     def progress(self, position: int, seed: int) -> dict[str, Any]:
         """See `Dataset`; in steps of a window."""
-        at = self._window_before(position) if seed == self._seed else -1
-        return {"epoch": self._made[at][1] / self.windows.per_epoch if at >= 0 else 0.0}
+        made = (
+            self._made
+        )  # the lock would wait for rows; another thread only appends, or puts a new list in its place
+        at = _window_before(made, position) if seed == self._seed else -1
+        return {"epoch": made[at][1] / self.windows.per_epoch if at >= 0 else 0.0}
 
     def describe(self) -> str:
         """See `Dataset`."""
@@ -206,3 +218,8 @@ class HeldOut:
                 break
         windows.close()
         return pack(encoded, self.seq_len, seed=0, number=0)
+
+
+def _window_before(made: Sequence[tuple[int, int]], position: int) -> int:
+    """Place in `made` (see `TextDataset`) of the window with the row before `position`; -1: it was made earlier."""
+    return bisect.bisect_left(made, position, key=lambda window: window[0]) - 1

@@ -155,8 +155,12 @@ def pack(documents: Sequence[np.ndarray], seq_len: int, *, seed: int, number: in
 
 
 def prepare_worker(index: int, count: int) -> None:
-    """Set up a worker process: it leaves Ctrl-C to its parent and ends with it, and tokenises on one core."""
+    """Set up a worker process: it leaves signals to its parent and ends with it, and tokenises on one core.
+
+    A batch system signals every process of a job: the parent still needs batches up to the step that it saves.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = os.getppid()
 

@@ -1,7 +1,8 @@
 """Which data files were read whole and found good, so that a start need not read terabytes again.
 
 `.verified.json` stands beside the shards: for each file its size, time of change and inode when it was read, its
-SHA-256 and its highest id. A file is read again once any of the three differs. What this cannot see is a disk that
+SHA-256 and its highest id. A file is read again once any of the three differs; the time of change is the inode's
+(ctime), which also a program that sets the time of writing back cannot set. What this cannot see is a disk that
 gives other bytes for a file nobody wrote to; `data.verify: full` reads everything.
 """
 
@@ -72,4 +73,4 @@ class Verified:
 def stamp(file: Path) -> list[int]:
     """Size, time of change in nanoseconds, inode."""
     stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return [stat.st_size, stat.st_ctime_ns, stat.st_ino]

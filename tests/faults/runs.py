@@ -146,6 +146,8 @@ def differences(run: Path, whole: Path, step: int = STEPS) -> list[str]:
     def lines(folder: Path) -> list[dict[str, Any]]:
         timed = {"tokens_per_s", "seconds", "tflops", "mfu", "mem_gib"}
         records = read_metrics(folder / "metrics.jsonl")
+        for one in records:
+            one["expert_counts"] = one["expert_counts"].tolist()  # compared as a whole
         return [{key: value for key, value in one.items() if key not in timed} for one in records]
 
     if lines(run) != lines(whole):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.errors import ConfigError, DataError
-from dsv3_jax.training import shards
+from dsv3_jax.training import shards, verified
 from dsv3_jax.training.data import Batches, TokenDataset, Verify
 from dsv3_jax.training.shards import FORMAT, ShardWriter
 
@@ -212,55 +212,67 @@ def test_a_flipped_bit_is_named(folder: Path, name: str) -> None:
 # --- what need not be read again -------------------------------------------------------------------------------
 
 
-def _age(folder: Path, seconds: int) -> None:
-    """As if the files had been written `seconds` ago."""
-    for path in folder.iterdir():
-        then = path.stat().st_mtime_ns - seconds * 10**9
-        os.utime(path, ns=(then, then))
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if all files had been written some time ago."""
+    monkeypatch.setattr(verified, "_SETTLED_NS", -1)
 
 
-def _flip(path: Path, *, keep_time: bool) -> None:
+def _write_again(path: Path, data: bytes) -> None:
+    """Same size, same inode, the time of writing set back: only the clock of changes, a tick later, tells."""
     before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert verified.stamp(path)[::2] == [before.st_size, before.st_ino]
+
+
+def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[0] ^= 1
-    path.write_bytes(data)
-    if keep_time:
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    _write_again(path, data)
 
 
-def test_a_file_is_read_again_only_when_it_has_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_again_only_when_it_has_changed(
+    folder: Path, settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[int] = []
     whole = shards._read_whole
     monkeypatch.setattr(shards, "_read_whole", lambda array: read.append(len(array)) or whole(array))
-    _age(folder, 60)
     TokenDataset(folder, seq_len=4, verify="cached")
     files = len(read)
     assert files == 2 * 3
     TokenDataset(folder, seq_len=4, verify="cached")
     assert len(read) == files
-    _age(folder, 1)  # touched: as if written again
-    (folder / "train-00001.bin").touch()
+    written = folder / "train-00001.bin"
+    _write_again(written, written.read_bytes())
     TokenDataset(folder, seq_len=4, verify="cached")
+    assert len(read) == files + 1
     TokenDataset(folder, seq_len=4, verify="full")
-    assert len(read) > 2 * files
-    _flip(folder / "train-00001.bin", keep_time=False)
+    assert len(read) == 2 * files + 1
+    _flip(written)
     with pytest.raises(DataError, match=r"train-00001\.bin: its SHA-256"):
         TokenDataset(folder, seq_len=4, verify="cached")
 
 
-def test_what_the_cache_cannot_see_is_found_by_a_full_reading(folder: Path) -> None:
-    _age(folder, 60)
+def test_what_the_cache_cannot_see_is_found_by_a_full_reading(folder: Path, settled: None) -> None:
     TokenDataset(folder, seq_len=4, verify="cached")
-    _flip(folder / "train-00001.bin", keep_time=True)
+    file, record = folder / "train-00001.bin", folder / ".verified.json"
+    _flip(file)
+    known = json.loads(record.read_text())  # as if the disk gave other bytes, of a file nobody wrote to
+    known["files"][file.name]["stat"] = verified.stamp(file)
+    record.write_text(json.dumps(known))
     TokenDataset(folder, seq_len=4, verify="cached")
     with pytest.raises(DataError, match=r"train-00001\.bin: its SHA-256"):
         TokenDataset(folder, seq_len=4, verify="full")
 
 
-def test_the_cache_knows_ids_too_and_trusts_no_file_written_just_now(folder: Path) -> None:
+def test_the_cache_knows_ids_too_and_trusts_no_file_written_just_now(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     TokenDataset(folder, seq_len=4, verify="cached")
     assert not (folder / ".verified.json").exists(), "a write within the same tick could not be told"
-    _age(folder, 60)
+    monkeypatch.setattr(verified, "_SETTLED_NS", -1)
     TokenDataset(folder, seq_len=4, verify="cached")
     with pytest.raises(DataError, match=r"token 0 is 9, not below the vocabulary size 9"):
         TokenDataset(folder, seq_len=4, vocab_size=9, verify="cached")

@@ -15,6 +15,7 @@ import pytest
 from dsv3_jax.config import dump_yaml, to_mapping
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.model.counts import flops_per_token, leaves, train_flops_per_token
+from dsv3_jax.training import metrics
 from dsv3_jax.training.charts import Series, line_chart, nice_ticks, number, smoothed
 from dsv3_jax.training.heat import frame_count, heat_map, heat_over_time
 from dsv3_jax.training.histogram import histogram
@@ -41,8 +42,29 @@ def test_the_last_line_of_a_step_counts_and_half_a_line_is_cut_off(tmp_path: Pat
         read_metrics(path)
 
 
+def test_half_a_line_is_found_from_the_end_however_long_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for block in (1, 7, 1 << 16):
+        monkeypatch.setattr(metrics, "_BLOCK", block)
+        for whole in (b"", b'{"step": 1}\n', b'{"step": 1}\n{"step": 2}\n'):
+            for rest in (b"", b"{", b'{"step": 3, "loss": 3.25}'):
+                path.write_bytes(whole + rest)
+                MetricsLog(path).close()
+                assert path.read_bytes() == whole, (block, rest)
+
+
+def test_expert_counts_are_read_as_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(_record(1)) + "\n" + json.dumps(_record(2)))
+    [record] = read_metrics(path)
+    assert record["expert_counts"].dtype == np.int32 and record["step"] == 1
+    np.testing.assert_array_equal(record["expert_counts"], [[1, 0, 3], [2, 2, 0]])
+
+
 def _record(step: int) -> dict[str, Any]:
-    metrics = {
+    values = {
         "loss": np.float32(3.211),
         "ce_loss": np.float32(3.0),
         "mtp_loss": np.float32(3.1),
@@ -59,7 +81,7 @@ def _record(step: int) -> dict[str, Any]:
         "bias_std_L": np.array([0.125, 0.25], np.float32),
     }
     timed = {"tokens_per_s": 41203.0, "seconds": 0.5, "tflops": 8.1, "mfu": 0.41, "mem_gib": 31.2}
-    return record_of(step, metrics) | {"tokens": 4 * step} | timed
+    return record_of(step, values) | {"tokens": 4 * step} | timed
 
 
 def test_step_line_and_record() -> None:

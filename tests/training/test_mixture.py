@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -15,6 +16,7 @@ from dsv3_jax.config import DataConfig, MixtureSource, from_mapping, to_mapping
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.training.data import Batches, TokenDataset
 from dsv3_jax.training.mixture import MixedEvaluation, Mixture, Schedule, source_seed
+from dsv3_jax.training.rows import Batch
 from tests.training.test_data import write
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9)
@@ -93,7 +95,24 @@ def test_evaluation_takes_every_row_once_by_weight(parts: list[TokenDataset]) ->
     ids = np.concatenate([batch["tokens_BT"][:, 1] for batch in batches])
     assert len(batches) == 4 and [int((ids == i).sum()) for i in (1, 2, 3)] == [8, 3, 5]
     assert set(ids[:3]) == {1, 2, 3}
-    assert len(list(MixedEvaluation(parts, [1, 1, 1], 3).in_order(4, max_batches=2))) == 2
+
+
+def test_an_evaluation_asks_a_source_for_no_more_rows_than_it_can_use(
+    parts: list[TokenDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = list(MixedEvaluation(parts, [1, 1, 1], 3).in_order(2))[:3]
+    asked: list[tuple[int, int | None]] = []
+    in_order = TokenDataset.in_order
+
+    def limited(part: TokenDataset, size: int, limit: int | None = None) -> Iterator[Batch]:
+        asked.append((size, limit))
+        return in_order(part, size, limit)
+
+    monkeypatch.setattr(TokenDataset, "in_order", limited)
+    some = list(MixedEvaluation(parts, [1, 1, 1], 3).in_order(2, max_batches=3))
+    assert asked == [(1, 6)] * 3
+    for have, want in zip(some, whole, strict=True):
+        np.testing.assert_array_equal(have["tokens_BT"], want["tokens_BT"])
 
 
 def test_the_key_in_a_file_and_as_a_flag() -> None:

@@ -75,3 +75,11 @@ def test_the_best_steps_are_kept_and_named(tmp_path: Path, whole: Path) -> None:
     (tmp_path / "checkpoints" / "best.json").write_text("[]")
     with pytest.raises(DataError, match="best steps"):
         read_best(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path, whole: Path) -> None:
+    cfg = CheckpointConfig(keep=1, keep_best=1)
+    for step, loss in ((1, float("nan")), (2, 2.5), (3, float("-inf"))):
+        add(tmp_path, whole, step)
+        drop_old(tmp_path, cfg, step, loss)
+    assert steps_of(tmp_path) == [2, 3] and read_best(tmp_path) == {2: 2.5}

@@ -6,9 +6,13 @@ import contextlib
 import gzip
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,12 +147,18 @@ def test_workers_and_hosts_change_nothing_and_a_resume_goes_on(folder: Path) -> 
     want = [next(plain) for _ in range(30)]
     plain.close()
     with_workers = Batches(_open(folder, workers=2), 8, seed=3)
-    assert _equal([next(with_workers) for _ in range(20)], want[:20])
+    have = [next(with_workers)]
+    for worker in multiprocessing.active_children():  # a batch system signals every process of a job
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGTERM)
+    assert _equal([*have, *(next(with_workers) for _ in range(19))], want[:20])
     state = json.loads(json.dumps(with_workers.state()))
     assert state["position"] == 160 and state["cursor"][0] > 0, "past the first window"
     epoch = with_workers.progress()["epoch"]
     assert epoch > 0
+    assert len(multiprocessing.active_children()) == 2
     with_workers.close()
+    assert not multiprocessing.active_children()
     hosts = [Batches(_open(folder), 8, seed=3, host=host, n_hosts=2) for host in range(2)]
     for host in hosts:
         host.restore(state)
@@ -161,6 +171,36 @@ def test_workers_and_hosts_change_nothing_and_a_resume_goes_on(folder: Path) -> 
         host.close()
     with pytest.raises(ConfigError, match="other data"):
         Batches(_open(folder, val_fraction=0.2), 8, seed=3).restore(state)
+
+
+def test_a_cursor_needs_no_row_that_the_thread_ahead_has_dropped(folder: Path) -> None:
+    # Three hosts take 400 rows each of a batch: the second one saves after the first batch.
+    alone, middle = _open(folder), _open(folder)
+    alone.sample(0, 1200, seed=3)
+    middle.sample(400, 400, seed=3)
+
+    class Late:
+        """The lock, which the thread that reads ahead gets first."""
+
+        def __init__(self, lock: Any) -> None:
+            self.lock, self.late = lock, False
+
+        def __enter__(self) -> None:
+            if not self.late:
+                self.late = True
+                middle.sample(1200 + 400, 400, seed=3)
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+
+    middle._lock = Late(middle._lock)  # type: ignore[assignment]
+    assert middle._end < 1200
+    assert middle.cursor(1200, seed=3) == alone.cursor(1200, seed=3)
+    assert middle._end >= 2000, "it went back to the start of the text"
+    assert middle.progress(1200, seed=3) == alone.progress(1200, seed=3)
+    alone.close()
+    middle.close()
 
 
 def test_damage_is_named_by_file_and_line(folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -117,10 +118,10 @@ def _same_end(run: Path, whole: Path, steps: int = STEPS) -> None:
     assert (have / "train_state.json").read_bytes() == (want / "train_state.json").read_bytes()
 
     def lines(folder: Path) -> list[dict[str, Any]]:
-        return [
-            {key: value for key, value in record.items() if key not in TIMED}
-            for record in read_metrics(folder / "metrics.jsonl")
-        ]
+        records = read_metrics(folder / "metrics.jsonl")
+        for record in records:
+            record["expert_counts"] = record["expert_counts"].tolist()  # compared as a whole
+        return [{key: value for key, value in record.items() if key not in TIMED} for record in records]
 
     assert lines(run) == lines(whole)
     assert [record["step"] for record in lines(run)] == list(range(1, steps + 1))
@@ -273,6 +274,17 @@ def test_on_resume_other_keys_are_refused_by_name(data: Path, finished: Path, ch
 def test_on_resume_steps_checkpoint_and_logging_may_differ(data: Path, finished: Path) -> None:
     cfg = tiny.replace(_config(data, finished, steps=9), "checkpoint", every=7, keep=0)
     RunFolder(tiny.replace(cfg, "logging", every=3)).close()
+
+
+def test_without_a_held_out_row_there_is_no_evaluation_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = SimpleNamespace(in_order=lambda rows, batches: iter(()))
+    cfg = SimpleNamespace(training=TrainingConfig(batch_size=8))
+    monkeypatch.setattr(trainer, "shards_of", lambda mesh: 1)
+    run: Any = SimpleNamespace(val_data=nothing, cfg=cfg, mesh=None)
+    assert trainer.Trainer._evaluate(run) == {}
+    assert "no held-out document was found: no evaluation" in capsys.readouterr().out
 
 
 def test_one_process_writes_a_run_folder(data: Path, finished: Path, tmp_path: Path) -> None:
