@@ -84,6 +84,9 @@ class Collective:
 
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}"
+)  # since jax 0.12: axes with sizes, axes of a group
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -160,9 +163,20 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
         if match[3]:
             ids = ids.transpose([int(n) for n in match[3].split(",")])
         return ids.reshape(shape)
+    if match := _MESH.search(attributes):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        over = re.findall(r"'(\w+)'", match[2])
+        names = list(axes)
+        ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+        kept = [names.index(name) for name in names if name not in over]
+        ids = ids.transpose([*kept, *(names.index(name) for name in over)])
+        return ids.reshape(-1, math.prod(axes[name] for name in over))
     match = _LISTED.search(attributes)
     if match and match[1]:
         return np.asarray(json.loads("[" + match[1].replace("{", "[").replace("}", "]") + "]"))
+    if "replica_groups=" in attributes and not match:
+        at = attributes.index("replica_groups=")
+        raise ValueError(f"groups of devices in an unknown form: {attributes[at : at + 80]}")
     return np.arange(devices)[None]
 
 

@@ -159,8 +159,9 @@ def test_gate_and_up_as_one_flattened_weight():
     (x_ND, w_EXD), sizes_E = random_arrays(Shape(N, E, D, P * F)), jnp.array([10, 0, 20], jnp.int32)
     w_EPFD = w_EXD.reshape(E, P, F, D)
     y_NPF = grouped_matmul(x_ND, w_EPFD.reshape(E, P * F, D), sizes_E).reshape(N, P, F)
-    for p in range(P):
-        np.testing.assert_array_equal(y_NPF[:, p], grouped_matmul(x_ND, w_EPFD[:, p], sizes_E))
+    for p in range(P):  # XLA:CPU of jax 0.12 sums a wider product in another order
+        part_NF = grouped_matmul(x_ND, w_EPFD[:, p], sizes_E)
+        np.testing.assert_allclose(y_NPF[:, p], part_NF, rtol=1e-5, atol=5e-6)
 
 
 def test_no_rows():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.planning.collectives import by_kind, parse
+from dsv3_jax.planning.collectives import _groups, by_kind, parse
 from dsv3_jax.planning.hlo import bytes_of
 
 # A loop of 5 with a loop of 3 in it, whose count the compiler noted; a loop whose condition tells its count (7); one
@@ -192,3 +192,24 @@ def test_a_real_program_counts_as_it_was_written() -> None:
         "all-gather": 6 * 7 * 1024,
         "reduce-scatter": 6 * 512 * 7 // 8,
     }
+
+
+@pytest.mark.parametrize(
+    ("mesh", "listed"),
+    [
+        ("mesh['data'=4,'expert'=2] {'expert'}", "[4,2]<=[8]"),
+        ("mesh['data'=4,'expert'=2] {'data'}", "[2,4]<=[4,2]T(1,0)"),
+        ("mesh['data'=2,'fsdp'=2,'expert'=2] {'data','expert'}", "[2,4]<=[2,2,2]T(1,0,2)"),
+        ("mesh['data'=4,'expert'=2] {'data','expert'}", "[1,8]<=[8]"),
+    ],
+)
+def test_groups_by_axes_of_a_mesh_are_those_of_the_older_form(mesh: str, listed: str) -> None:
+    have, want = (
+        _groups(f"channel_id=1, replica_groups={form}, dimensions={{0}}", 8) for form in (mesh, listed)
+    )
+    np.testing.assert_array_equal(have, want)
+
+
+def test_groups_in_an_unknown_form_are_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown form: replica_groups=torus"):
+        _groups("channel_id=1, replica_groups=torus(2), dimensions={0}", 8)
