@@ -84,9 +84,10 @@ class Collective:
 
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}")
+# Axes with sizes, perhaps another order of the devices, and the axes of a group.
 _MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}"
-)  # since jax 0.12: axes with sizes, axes of a group
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -155,28 +156,35 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
 # --- who with whom --------------------------------------------------------------------------------------------
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
 def _groups(attributes: str, devices: int) -> np.ndarray:
     """Device numbers [groups, members] of a collective."""
     if match := _IOTA.search(attributes):
-        shape, sizes = ([int(n) for n in match[i].split(",")] for i in (1, 2))
+        shape, sizes = _numbers(match[1]), _numbers(match[2])
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         if match[3]:
-            ids = ids.transpose([int(n) for n in match[3].split(",")])
+            ids = ids.transpose(_numbers(match[3]))
         return ids.reshape(shape)
     if match := _MESH.search(attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        over = re.findall(r"'(\w+)'", match[2])
-        names = list(axes)
-        ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
-        kept = [names.index(name) for name in names if name not in over]
-        ids = ids.transpose([*kept, *(names.index(name) for name in over)])
+        names, over = list(axes), re.findall(r"'(\w+)'", match[4])
+        ids = np.arange(math.prod(axes.values()))
+        if match[2]:
+            ids = ids.reshape(_numbers(match[2]))
+        if match[3]:
+            ids = ids.transpose(_numbers(match[3]))
+        kept = [name for name in names if name not in over]
+        ids = ids.reshape(list(axes.values())).transpose([names.index(name) for name in (*kept, *over)])
         return ids.reshape(-1, math.prod(axes[name] for name in over))
     match = _LISTED.search(attributes)
     if match and match[1]:
         return np.asarray(json.loads("[" + match[1].replace("{", "[").replace("}", "]") + "]"))
     if "replica_groups=" in attributes and not match:
         at = attributes.index("replica_groups=")
-        raise ValueError(f"groups of devices in an unknown form: {attributes[at : at + 80]}")
+        raise ValueError(f"groups of devices in an unknown form: {attributes[at : at + 200]}")
     return np.arange(devices)[None]
 
 

@@ -201,6 +201,7 @@ def test_a_real_program_counts_as_it_was_written() -> None:
         ("mesh['data'=4,'expert'=2] {'data'}", "[2,4]<=[4,2]T(1,0)"),
         ("mesh['data'=2,'fsdp'=2,'expert'=2] {'data','expert'}", "[2,4]<=[2,2,2]T(1,0,2)"),
         ("mesh['data'=4,'expert'=2] {'data','expert'}", "[1,8]<=[8]"),
+        ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}", "[2,4]<=[4,2]T(1,0)"),
     ],
 )
 def test_groups_by_axes_of_a_mesh_are_those_of_the_older_form(mesh: str, listed: str) -> None:

@@ -77,7 +77,8 @@ def test_gradients_of_cut_weights_are_scattered_and_only_their_parts_summed(
     over_data = [c for c in sums if c.group == 2]
     assert 0 <= sum(c.operand_bytes for c in over_data) - parts <= 64  # jax 0.12 sums part of the norm there
     assert vectors < sum(c.operand_bytes for c in sums if c.group == 8) < vectors + 4 * 256  # metrics besides
-    assert len(sums) == len(over_data) + len([c for c in sums if c.group == 8])
+    others = [c for c in sums if c.group not in (2, 8)]  # jax 0.12 sums the norm axis by axis
+    assert sum(c.operand_bytes for c in others) < 4 * 256
     scattered = [c for c in collectives if c.kind == "reduce-scatter" and c.group == 4]
     whole = sum(4 * size * layers for size, layers, p in _placed().values() if p.gathers)
     # The embedding is read twice (also by the multi-token module), each with a gradient of its own.

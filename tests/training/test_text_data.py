@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,9 @@ def test_workers_and_hosts_change_nothing_and_a_resume_goes_on(folder: Path) -> 
     assert epoch > 0
     assert len(multiprocessing.active_children()) == 2
     with_workers.close()
+    deadline = time.monotonic() + 30
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not multiprocessing.active_children()
     hosts = [Batches(_open(folder), 8, seed=3, host=host, n_hosts=2) for host in range(2)]
     for host in hosts:
