@@ -47,16 +47,13 @@ class Placement:
     reduce: Axes = ()
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["local"], meta_fields=["gathers", "letters", "cut"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["local"], meta_fields=["gathers", "cut"])
 @dataclasses.dataclass(frozen=True)
 class Sharded:
     """This device's part of a weight. A scan over layers slices `local`; the rest counts from the end."""
 
     local: Array
     gathers: Gathers
-    letters: str
     cut: tuple[str, str] | None
 
     def astype(self, dtype: Any) -> Array:
@@ -192,7 +189,7 @@ def compute_copies(params: Any, where: Any, dtype: Any) -> Any:
         if p.once and p.gathers:
             leaf = _gather(leaf.astype(dtype), p.gathers)
         gathers = () if p.once else p.gathers
-        return Sharded(leaf, gathers, p.letters, p.cut) if gathers or p.cut else leaf
+        return Sharded(leaf, gathers, p.cut) if gathers or p.cut else leaf
 
     return jax.tree.map(one, params, where)
 

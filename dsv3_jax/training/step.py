@@ -106,13 +106,14 @@ def init_state(cfg: RunConfig, mesh: jax.sharding.Mesh, variables: Any = None) -
         fresh = jax.jit(functools.partial(init_variables, cfg.model), out_shardings=weights)
         variables = fresh(jax.random.key(cfg.seed))
 
-    def start(variables: Any) -> State:
-        params = variables["params"]
-        opt_state = make_optimizer(cfg.optimizer).init(params)
-        return State(jnp.zeros((), jnp.int32), params, variables["router"], opt_state, init_guard())
-
     placed = jax.tree.map(_placed, variables, weights)
-    return jax.jit(start, out_shardings=where, donate_argnums=0)(placed)
+    return jax.jit(functools.partial(_start, cfg), out_shardings=where, donate_argnums=0)(placed)
+
+
+def _start(cfg: RunConfig, variables: Any) -> State:
+    params = variables["params"]
+    opt_state = make_optimizer(cfg.optimizer).init(params)
+    return State(jnp.zeros((), jnp.int32), params, variables["router"], opt_state, init_guard())
 
 
 def _placed(x: Any, where: NamedSharding) -> Array:
@@ -125,16 +126,9 @@ def _placed(x: Any, where: NamedSharding) -> Array:
 def abstract_state(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:
     """Shapes and shardings of the state (what a restore and a plan need); no device is touched."""
 
-    def start() -> State:
-        variables = init_variables(cfg.model, jax.random.key(0))
-        opt_state = make_optimizer(cfg.optimizer).init(variables["params"])
-        return State(
-            jnp.zeros((), jnp.int32), variables["params"], variables["router"], opt_state, init_guard()
-        )
-
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.eval_shape(start),
+        jax.eval_shape(functools.partial(_start, cfg), abstract_variables(cfg.model)),
         state_shardings(cfg, mesh),
     )
 
