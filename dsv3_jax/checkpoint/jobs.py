@@ -168,7 +168,8 @@ class Conversion:
                     if not waiting:
                         break
                     ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in ready:
+                    # Those that failed last: what was done before a failure is in the journal.
+                    for future in sorted(ready, key=lambda done: done.exception() is not None):
                         job, record, new = future.result()
                         results[job.key] = record
                         if new:
