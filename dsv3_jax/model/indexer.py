@@ -55,6 +55,14 @@ def select(q_BTYZ: Array, weights_BTY: Array, k_BSZ: Array, visible_BTS: Array, 
     )
     scores_BTYS = jax.nn.relu(scores_BTYS * q_BTYZ.shape[-1] ** -0.5)
     scores_BTS = jnp.einsum("BTYS,BTY->BTS", scores_BTYS, weights_BTY, precision=jax.lax.Precision.HIGHEST)
+    return select_scored(scores_BTS, visible_BTS, topk)
+
+
+def select_scored(scores_BTS: Array, visible_BTS: Array, topk: int) -> Array:
+    """`select` for scores that are there already (`kernels.mla_decode.paged_index_scores`)."""
+    B, T, S = visible_BTS.shape
+    if S <= topk:
+        return visible_BTS
     scores_BTS = jax.lax.stop_gradient(jnp.where(visible_BTS, scores_BTS, -jnp.inf))
     _, chosen_BTk = jax.lax.top_k(scores_BTS, topk)
     rows = (jnp.arange(B)[:, None, None], jnp.arange(T)[None, :, None], chosen_BTk)

@@ -1,3 +1,4 @@
 from dsv3_jax.kernels.mla_decode.api import latent_attention, write_cache
+from dsv3_jax.kernels.mla_decode.paged import paged_index_scores, paged_latent_attention, write_pages
 
-__all__ = ["latent_attention", "write_cache"]
+__all__ = ["latent_attention", "paged_index_scores", "paged_latent_attention", "write_cache", "write_pages"]
