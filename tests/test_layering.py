@@ -18,6 +18,7 @@ LAYERS: list[set[str]] = [
     {"dsv3_jax.model"},
     {"dsv3_jax.inference"},
     {"dsv3_jax.training"},
+    {"dsv3_jax.serving"},
     {"dsv3_jax.planning"},
     {"train", "infer", "convert", "dsv3_jax.describe", "dsv3_jax.demo"},
 ]

@@ -80,7 +80,8 @@ class DeepSeekV3:
     start: tuple[Piece, ...] = ()
     systems: Literal["joined", "last"] = "joined"
 
-    def _stripped(self, content: str) -> str:
+    def stripped(self, content: str) -> str:
+        """What is kept of an earlier answer."""
         if self.strip is None or "</think>" not in content:
             return content
         return content.split("</think>", 1)[1] if self.strip == "first" else content.rsplit("</think>", 1)[1]
@@ -99,7 +100,7 @@ class DeepSeekV3:
             elif message["role"] == "assistant":
                 if self.opens == "answer" or (self.opens == "reply" and asked):
                     out += [_ASSISTANT, *self.history]
-                out += [Piece(self._stripped(message["content"])), Piece(eos, control=True)]
+                out += [Piece(self.stripped(message["content"])), Piece(eos, control=True)]
                 asked = False
         if generate and {"answer": True, "question": not asked, "reply": asked}[self.opens]:
             out += [_ASSISTANT, *self.start]
@@ -152,12 +153,13 @@ def _join(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def _special_text(tokenizer: Tokenizer, key: str) -> str | None:
+def special_text(tokenizer: Tokenizer, key: str) -> str | None:
+    """Spelling of the token that tokenizer_config.json names under `key`, or None."""
     value = tokenizer.config.get(key)
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _render_template(template: str, messages: Sequence[Message], bos: str, eos: str, generate: bool) -> str:
+def render_template(template: str, messages: Sequence[Message], bos: str, eos: str, generate: bool) -> str:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     compiled = environment.from_string(template)
     return compiled.render(messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=generate)
@@ -174,12 +176,12 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat:
     template = tokenizer.chat_template
     if template is None:
         raise DataError(f"{origin} has no chat template: give prompt or prompt_token_ids instead of messages")
-    bos, eos = _special_text(tokenizer, "bos_token"), _special_text(tokenizer, "eos_token")
+    bos, eos = special_text(tokenizer, "bos_token"), special_text(tokenizer, "eos_token")
     problem = "it renders none of the known formats: DeepSeek-V2, V2.5, V3, R1, V3.1"
     cases = [(probe, generate) for probe in _PROBES for generate in (True, False)]
     try:
         wanted = [
-            _render_template(template, probe, bos or "", eos or "", generate) for probe, generate in cases
+            render_template(template, probe, bos or "", eos or "", generate) for probe, generate in cases
         ]
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         wanted, problem = [], f"rendering it failed: {error}"
@@ -226,11 +228,16 @@ def render_messages(
     """
     conversation = check_messages(messages)
     fmt = fmt or chat_format(tokenizer)
-    bos, eos = _special_text(tokenizer, "bos_token"), _special_text(tokenizer, "eos_token")
+    bos, eos = special_text(tokenizer, "bos_token"), special_text(tokenizer, "eos_token")
     assert bos is not None and eos is not None, "a format is only found for a tokenizer that names both"
+    return encode_pieces(tokenizer, fmt.pieces(conversation, bos, eos, generate))
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[int]:
+    """Ids of pieces: control strings as their ids, texts with whatever they spell as text."""
     ids: list[int] = []
     text = ""  # neighbouring texts are encoded as one, as a tokenizer would: merges cross their border
-    for piece in fmt.pieces(conversation, bos, eos, generate):
+    for piece in pieces:
         index = tokenizer.control.get(piece.text) if piece.control else None
         if index is None:  # also a control string that this tokenizer does not have
             text += piece.text
