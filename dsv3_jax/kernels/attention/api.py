@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from dsv3_jax.kernels.attention import reference
-from dsv3_jax.kernels.registry import Implementation, resolve
+from dsv3_jax.kernels.registry import Implementation, call
 
 ATTENTION = {"reference": Implementation(reference.attention)}
 
@@ -64,8 +64,10 @@ def attention(
     ):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-    function = resolve("attention", implementation, ATTENTION)
-    return function(
+    return call(
+        "attention",
+        implementation,
+        ATTENTION,
         q_BTHQ,
         k_BSHQ,
         v_BSHU,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels.grouped_matmul import reference
-from dsv3_jax.kernels.registry import Implementation, resolve
+from dsv3_jax.kernels.registry import Implementation, call
 
 GROUPED_MATMUL = {"reference": Implementation(reference.grouped_matmul)}
 
@@ -42,5 +42,5 @@ def grouped_matmul(
         )
     if x_ND.dtype != w_EFD.dtype:
         raise ValueError(f"x is {x_ND.dtype} but w is {w_EFD.dtype}: cast one explicitly")
-    function = resolve("grouped_matmul", implementation, GROUPED_MATMUL)
-    return function(x_ND, w_EFD, group_sizes_E.astype(jnp.int32))
+    group_sizes_E = group_sizes_E.astype(jnp.int32)
+    return call("grouped_matmul", implementation, GROUPED_MATMUL, x_ND, w_EFD, group_sizes_E)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels.mla_decode import reference
-from dsv3_jax.kernels.registry import Implementation, resolve
+from dsv3_jax.kernels.registry import Implementation, call
 
 LATENT_ATTENTION = {"reference": Implementation(reference.latent_attention)}
 WRITE_CACHE = {"reference": Implementation(reference.write_cache)}
@@ -69,8 +69,10 @@ def latent_attention(
         raise ValueError(f"value_dim {value_dim} is not within the cache's {J} columns")
     if mask_BTS is not None and mask_BTS.shape != (B, T, S):
         raise ValueError(f"mask has shape {mask_BTS.shape}, expected {(B, T, S)}")
-    function = resolve("latent_attention", implementation, LATENT_ATTENTION)
-    return function(
+    return call(
+        "latent_attention",
+        implementation,
+        LATENT_ATTENTION,
         q_BTHJ,
         cache_LBSJ,
         jnp.asarray(layer, jnp.int32),
@@ -113,6 +115,12 @@ def write_cache(
             f"tokens {new_BTJ.shape} (B T J) and positions {positions_BT.shape} (B T) "
             f"do not fit the cache {cache_LBSJ.shape} (L B S J)"
         )
-    function = resolve("write_cache", implementation, WRITE_CACHE)
-    layer = jnp.asarray(layer, jnp.int32)
-    return function(cache_LBSJ, layer, new_BTJ.astype(cache_LBSJ.dtype), positions_BT.astype(jnp.int32))
+    return call(
+        "write_cache",
+        implementation,
+        WRITE_CACHE,
+        cache_LBSJ,
+        jnp.asarray(layer, jnp.int32),
+        new_BTJ.astype(cache_LBSJ.dtype),
+        positions_BT.astype(jnp.int32),
+    )
