@@ -24,6 +24,20 @@ TEXT = PrimitiveConstructorSpec[str | None](  # tyro alone would read the text "
 )
 
 
+def _bias(arguments: list[str]) -> tuple[int, float]:
+    index, _, bias = arguments[0].partition("=")
+    return int(index), float(bias)
+
+
+BIAS = PrimitiveConstructorSpec[tuple[int, float]](
+    nargs=1,
+    metavar="ID=BIAS",
+    instance_from_str=_bias,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [f"{value[0]}={value[1]}"],
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Flags:
     """Decode prompts: --input FILE --output FILE, or --prompt TEXT."""
@@ -61,6 +75,18 @@ class Flags:
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
     ignore_eos: bool = False
     """Go on after an end-of-sequence id."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of ids that were produced."""
+    frequency_penalty: float = 0.0
+    """The same for each time that an id was produced."""
+    repetition_penalty: float = 1.0
+    """Divides positive, multiplies negative logits of ids in the prompt or produced."""
+    logit_bias: Annotated[tuple[Annotated[tuple[int, float], BIAS], ...], tyro.conf.UseAppendAction] = ()
+    """Added to the logit of a token id; may be given several times."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further ids that end the text."""
+    min_tokens: int = 0
+    """New tokens before which no id ends the text."""
     force: bool = False
     """Replace an existing output, and drop an OUTPUT.partial of another job."""
 

@@ -17,7 +17,7 @@ from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.inputs import Line, PromptReader, check_top, parser_of
 from dsv3_jax.inference.load import OpenedModel, open_model
-from dsv3_jax.inference.options import Sampling, check
+from dsv3_jax.inference.options import Sampling, check, check_ids
 from dsv3_jax.inference.partial import PartialFile, prompt_hash
 from dsv3_jax.inference.programs import Stats
 from dsv3_jax.inference.progress import Progress, summary
@@ -50,6 +50,7 @@ class Job:
         for note in model.notes:
             print(f"note: {note}", file=sys.stderr)
         check_top(self.sampling, model.cfg.vocab_size, ConfigError, dash=True)
+        check_ids(self.sampling, model.cfg.vocab_size, ConfigError, "--", dash=True)
         return model
 
     def engine(self, model: OpenedModel, steps_per_call: int = MOST_STEPS) -> Engine:
@@ -213,6 +214,8 @@ def _fingerprint(job: Job, model: OpenedModel, source: Path) -> dict[str, Any]:
         "settings": {
             **dataclasses.asdict(job.sampling),
             "stop": list(job.sampling.stop),
+            "stop_token_ids": list(job.sampling.stop_token_ids),
+            "logit_bias": [list(pair) for pair in job.sampling.logit_bias],
             "batch_size": job.batch_size,
             "dtype": model.cfg.dtype,
         },

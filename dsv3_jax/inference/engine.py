@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import DataError
 from dsv3_jax.inference import steps
+from dsv3_jax.inference.adjustments import needs_adjusting
 from dsv3_jax.inference.buckets import cache_slots, prefill_rows, prompt_bucket
 from dsv3_jax.inference.options import Sampling, row_key
 from dsv3_jax.inference.programs import Programs, Stats
 from dsv3_jax.inference.requests import Request, Result, Row, check_prompt, entry
-from dsv3_jax.inference.sampling import RowOptions
+from dsv3_jax.inference.sampling import RowOptions, row_options
 from dsv3_jax.inference.weights import Weights, kinds, unstack_layers
 from dsv3_jax.model import Cache, make_cache
 
@@ -80,6 +82,8 @@ class Engine:
         rows = []
         for request in requests:
             check_prompt(self.cfg, request.ids, request.sampling.max_new_tokens)
+            if needs_adjusting(request.sampling):
+                raise DataError("penalties, logit_bias and min_tokens are not supported by this engine")
             rows.append(Row(request, np.asarray(request.ids, np.int32)))
         wanted = [row.request.sampling.logprobs for row in rows if row.request.sampling.logprobs is not None]
         groups: dict[int, list[Row]] = {}
@@ -218,14 +222,7 @@ class Engine:
         keys = [row_key(row.request.sampling.seed, row.ids) for row in rows] + [
             np.zeros(2, np.uint32)
         ] * padding
-        return RowOptions(
-            key_B2=np.stack(keys),
-            temperature_B=np.asarray([s.temperature for s in samplings], np.float32),
-            top_k_B=np.asarray([s.top_k for s in samplings], np.int32),
-            top_p_B=np.asarray([s.top_p for s in samplings], np.float32),
-            min_p_B=np.asarray([s.min_p for s in samplings], np.float32),
-            stop_at_eos_B=np.asarray([not s.ignore_eos for s in samplings], bool),
-        )
+        return row_options(samplings, keys)
 
     def _harvest(
         self, rows: list[Row], produced: steps.Produced, reason_B: np.ndarray, watch: Watch | None

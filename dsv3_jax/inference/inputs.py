@@ -14,7 +14,7 @@ import numpy as np
 from dsv3_jax.config import nearest
 from dsv3_jax.errors import ConfigError, DataError, UserError
 from dsv3_jax.inference.load import OpenedModel
-from dsv3_jax.inference.options import RULES, Sampling, check
+from dsv3_jax.inference.options import RULES, Sampling, check, check_ids
 from dsv3_jax.inference.requests import Request, check_prompt
 from dsv3_jax.text import ChatFormat, chat_format, render_messages
 
@@ -105,9 +105,14 @@ class PromptReader:
         own = {name: fields[name] for name in RULES if fields.get(name) is not None}
         if "stop" in own:
             own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else own["stop"]
-            own["stop"] = tuple(own["stop"]) if isinstance(own["stop"], list) else own["stop"]
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(own.get(name), list):
+                own[name] = tuple(own[name])
+        if "logit_bias" in own:
+            own["logit_bias"] = _biases(own["logit_bias"])
         sampling = check(dataclasses.replace(self._defaults, **own), DataError)
         check_top(sampling, self._model.cfg.vocab_size, DataError)
+        check_ids(sampling, self._model.cfg.vocab_size, DataError)
         return sampling
 
     def _ids(self, kind: str, value: Any) -> list[int]:
@@ -182,6 +187,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise DataError(f"the key {key[:80]!r} is given twice")
         result[key] = value
     return result
+
+
+def _biases(value: Any) -> tuple[tuple[int, Any], ...]:
+    """Pairs from JSON's object of biases by token id, {"123": -100}."""
+    if not isinstance(value, dict):
+        raise DataError(f"logit_bias is {_shown(value)}; expected an object of biases by token id")
+    for key in value:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise DataError(f"logit_bias names token id {key[:40]!r}; expected an integer of 0 or more")
+    return tuple((int(key), bias) for key, bias in value.items())
 
 
 def _id_of(fields: dict[str, Any], index: int) -> str | int:

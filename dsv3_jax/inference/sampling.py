@@ -6,9 +6,15 @@ depends on its own logits, options and key alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+from dsv3_jax.inference.adjustments import Adjustments, adjust
+from dsv3_jax.inference.options import MAX_STOP_IDS, Sampling
 
 Array = jax.Array
 
@@ -24,6 +30,7 @@ class RowOptions:
       top_p_B: float32; 1 keeps all.
       min_p_B: float32; 0 keeps all.
       stop_at_eos_B: bool; False goes on after an end-of-sequence id.
+      stop_ids_BS: int32, ids that end the row whether or not those do; -1 unused.
     """
 
     key_B2: Array
@@ -32,17 +39,56 @@ class RowOptions:
     top_p_B: Array
     min_p_B: Array
     stop_at_eos_B: Array
+    stop_ids_BS: Array
 
 
-def sample(logits_BV: Array, options: RowOptions, positions_B: Array, vocab_limit: int) -> Array:
+def row_options(samplings: Sequence[Sampling], keys: Sequence[np.ndarray]) -> RowOptions:
+    """The options of rows as arrays (numpy); `keys` are `options.row_key` of each."""
+    stop_ids_BS = np.full((len(samplings), MAX_STOP_IDS), -1, np.int32)
+    for b, sampling in enumerate(samplings):
+        stop_ids_BS[b, : len(sampling.stop_token_ids)] = sampling.stop_token_ids
+    return RowOptions(
+        key_B2=np.stack(keys),
+        temperature_B=np.asarray([s.temperature for s in samplings], np.float32),
+        top_k_B=np.asarray([s.top_k for s in samplings], np.int32),
+        top_p_B=np.asarray([s.top_p for s in samplings], np.float32),
+        min_p_B=np.asarray([s.min_p for s in samplings], np.float32),
+        stop_at_eos_B=np.asarray([not s.ignore_eos for s in samplings], bool),
+        stop_ids_BS=stop_ids_BS,
+    )
+
+
+def ending_ids(options: RowOptions, eos_ids: Array) -> Array:
+    """int32 [B, S]: the ids that end each row, -1 where unused."""
+    eos_BS = jnp.where(options.stop_at_eos_B[:, None], eos_ids[None, :], -1)
+    return jnp.concatenate([jnp.maximum(eos_BS, -1), options.stop_ids_BS], axis=1)
+
+
+def ends_row(token_B: Array, options: RowOptions, eos_ids: Array) -> Array:
+    """bool [B]: whether a token ends its row."""
+    return jnp.any(token_B[:, None] == ending_ids(options, eos_ids), axis=-1)
+
+
+def sample(
+    logits_BV: Array,
+    options: RowOptions,
+    positions_B: Array,
+    vocab_limit: int,
+    adjustments: Adjustments | None = None,
+    eos_ids: Array | None = None,
+) -> Array:
     """int32 [B]: the token for `positions_B`, from float32 logits.
 
+    The logits are changed by `adjustments` first, if given; `eos_ids` then says what ends a row.
     Greedy rows take the largest logit, the lowest id among equals. The others draw from
     softmax(logits / temperature) limited to the `top_k` largest, then to the smallest set of the largest whose
     probability reaches `top_p`, then to tokens with at least `min_p` times the largest probability.
     Ids from `vocab_limit` on are never chosen.
     """
     V = logits_BV.shape[1]
+    if adjustments is not None:
+        assert eos_ids is not None, "adjustments need the ids that end a row"
+        logits_BV = adjust(logits_BV, adjustments, positions_B, ending_ids(options, eos_ids))
     if vocab_limit < V:
         logits_BV = jnp.where(jnp.arange(V)[None, :] < vocab_limit, logits_BV, -jnp.inf)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.sampling import RowOptions, TokenLogprobs, sample, token_logprobs
+from dsv3_jax.inference.sampling import RowOptions, TokenLogprobs, ends_row, sample, token_logprobs
 from dsv3_jax.inference.weights import Weights, kinds
 from dsv3_jax.model import Cache, Transformer, make_cache
 from dsv3_jax.model.attention import Context
@@ -183,7 +183,7 @@ def _advance(
     token_B = sample(logits_BV, options, position_B, vocab_limit)
     live_B = state.reason_B == LIVE
     finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
-    ends_B = options.stop_at_eos_B & jnp.any(token_B[:, None] == eos_ids[None, :], axis=-1)
+    ends_B = ends_row(token_B, options, eos_ids)
     gives_B = live_B & finite_B & ~ends_B
     left_B = state.left_B - gives_B.astype(jnp.int32)
     reason_B = jnp.where(live_B & ends_B, STOP, state.reason_B)

@@ -139,6 +139,12 @@ BAD = [
     ('{"prompt": ' + "[" * 100_000, "nested too deeply"),
     ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", "not valid JSON"),
     ('{"prompt": "a\\u0000b", "stop": "\ud800"}'.encode("utf-8", "surrogatepass"), "not valid JSON"),
+    ('{"prompt": "a", "logit_bias": [[5, 1]]}', "expected an object of biases by token id"),
+    ('{"prompt": "a", "logit_bias": {"-5": 1}}', "logit_bias names token id '-5'"),
+    ('{"prompt": "a", "logit_bias": {"5": 1000}}', "each with a bias from -100 to 100"),
+    ('{"prompt": "a", "logit_bias": {"270": 1}}', "names token id 270; expected 0 <= id < vocab_size = 270"),
+    ('{"prompt": "a", "stop_token_ids": 5}', "at most 16 different token ids"),
+    ('{"prompt": "a", "min_tokens": 9}', "min_tokens is 9; expected at most max_new_tokens = 8"),
 ]
 
 
@@ -179,6 +185,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read(tmp_path, "a", "in.csv")
     with pytest.raises(ConfigError, match="No such file"):
         list(reader().read(tmp_path / "missing.txt"))
+
+
+def test_biases_and_stop_ids_are_read_from_json(tmp_path: Path) -> None:
+    content = '{"prompt": "a", "logit_bias": {"5": -100, "269": 1.5}, "stop_token_ids": [3, 4]}'
+    (line,) = read(tmp_path, content)
+    assert line.request is not None, line.error
+    assert line.request.sampling.logit_bias == ((5, -100), (269, 1.5))
+    assert line.request.sampling.stop_token_ids == (3, 4)
 
 
 def test_flags_are_checked_like_keys() -> None:

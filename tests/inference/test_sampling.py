@@ -22,6 +22,7 @@ def options(rows: int, seed: int = 0, **values: float) -> RowOptions:
         top_p_B=jnp.full(rows, full["top_p"], jnp.float32),
         min_p_B=jnp.full(rows, full["min_p"], jnp.float32),
         stop_at_eos_B=jnp.ones(rows, bool),
+        stop_ids_BS=jnp.full((rows, 2), -1, jnp.int32),
     )
 
 
@@ -95,6 +96,7 @@ def test_a_row_does_not_see_the_others() -> None:
         top_p_B=jnp.asarray([1, 1, 1, 0.5, 1, 0.9], jnp.float32),
         min_p_B=plain.min_p_B,
         stop_at_eos_B=plain.stop_at_eos_B,
+        stop_ids_BS=plain.stop_ids_BS,
     )
     other = np.asarray(_sample(logits, mixed, jnp.arange(6), 50))
     assert other[[0, 2, 4]].tolist() == token[[0, 2, 4]].tolist()
