@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class ToolDelta:
-    """A part of tool call number `index`: OpenAI's `delta.tool_calls[]`.
+    """A part of tool call number `index`: OpenAI's `delta.tool_calls[]`. False where it says nothing.
 
     id and name come once, with the first part of a call; `arguments` are to be joined.
     """
@@ -17,6 +17,9 @@ class ToolDelta:
     id: str | None = None
     name: str | None = None
     arguments: str = ""
+
+    def __bool__(self) -> bool:
+        return self.name is not None or bool(self.arguments)
 
     def to_json(self) -> dict[str, object]:
         """The object of OpenAI's stream."""
@@ -85,7 +88,7 @@ def merged(deltas: Iterable[Delta]) -> list[Delta]:
     """The same deltas with neighbours of a kind joined and empty ones left out."""
     out: list[Delta] = []
     for delta in deltas:
-        if delta == Delta():
+        if not (delta.content or delta.reasoning or delta.tool):
             continue
         last = out[-1] if out else None
         if last is None or _kind(last) != _kind(delta):
