@@ -5,6 +5,7 @@ training run and holds a `ModelConfig`. Merge order: file, then flags.
 """
 
 from dsv3_jax.config.files import dump_yaml, from_mapping, load_yaml, nearest, to_mapping
+from dsv3_jax.config.kernels import AUTO_KERNELS, Kernels, parse_kernels
 from dsv3_jax.config.model import LEGEND, ModelConfig, RopeScaling, dims, shape_of
 from dsv3_jax.config.run import (
     MESH_PRESETS,
@@ -23,12 +24,14 @@ from dsv3_jax.config.run import (
 )
 
 __all__ = [
+    "AUTO_KERNELS",
     "LEGEND",
     "MESH_PRESETS",
     "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",
     "InitConfig",
+    "Kernels",
     "LoggingConfig",
     "MeshConfig",
     "MixtureSource",
@@ -44,6 +47,7 @@ __all__ = [
     "from_mapping",
     "load_yaml",
     "nearest",
+    "parse_kernels",
     "shape_of",
     "to_mapping",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from dsv3_jax.config.kernels import parse_kernels
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.errors import ConfigError
 
@@ -373,9 +374,14 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    kernels: str = "auto"
+    """Implementation of attention and of the experts' products: auto, reference (XLA) or mosaic (hand-written, Hopper
+    GPUs), with exceptions such as mosaic,attention=reference. auto takes a hand-written kernel only where a committed
+    run on this kind of device shows it correct."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        parse_kernels(self.kernels)
         _require(0 <= self.seed < 2**31, "seed", self.seed, "0 <= seed < 2**31")
         _require(
             self.training.seq_len <= self.model.max_position_embeddings,

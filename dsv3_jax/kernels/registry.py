@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.errors import ConfigError
 from dsv3_jax.kernels import tables
 from dsv3_jax.kernels.shim import Target, target, why_not_interpret, why_not_mosaic
 
@@ -112,7 +113,7 @@ def resolve(
       args, kwargs: what the function will be called with.
 
     Raises:
-      ValueError: the name is unknown, or that implementation cannot run here or refuses the arguments.
+      ConfigError: the name is unknown, or that implementation cannot run here or refuses the arguments.
     """
     where = target()
 
@@ -144,13 +145,13 @@ def resolve(
                 return taken(name)
             reasons[name] = reason
         told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-        raise ValueError(f"kernel {kernel} has no implementation that can run here ({told})")
+        raise ConfigError(f"kernel {kernel} has no implementation that can run here ({told})")
     if implementation not in available:
         known = ", ".join(["auto", *available])
-        raise ValueError(f"kernel {kernel} has no implementation {implementation!r}; known: {known}")
+        raise ConfigError(f"kernel {kernel} has no implementation {implementation!r}; known: {known}")
     reason = why_not(implementation, shown=False)
     if reason is not None:
-        raise ValueError(f"kernel {kernel}: implementation {implementation!r} cannot run: {reason}")
+        raise ConfigError(f"kernel {kernel}: implementation {implementation!r} cannot run: {reason}")
     return taken(implementation)
 
 

@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.kernels.attention import attention
 from dsv3_jax.kernels.mla_decode import latent_attention, write_cache
 from dsv3_jax.model.cache import Cache
@@ -47,6 +48,7 @@ class Attention(Module):
     """MLA with or without the query latent, with or without V3.2's indexer."""
 
     form: Form = "expanded"
+    kernels: Kernels = AUTO_KERNELS
 
     @nn.compact
     def __call__(
@@ -113,6 +115,7 @@ class Attention(Module):
             segments_BT=ctx.segments_BT,
             segments_BS=ctx.segments_BT,
             mask_BTS=mask_BTS,
+            implementation=self.kernels.attention,
         )
 
     def _absorbed(
@@ -142,6 +145,7 @@ class Attention(Module):
             value_dim=C,
             scale=softmax_scale(cfg),
             mask_BTS=mask_BTS,
+            implementation=self.kernels.latent_attention,
         )
         return einsum("BTHC,HUC->BTHU", y_BTHC, part(kv_b_HWC, 1, N, W))
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 from flax import linen as nn
 
+from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.model.attention import Attention, Context, Form
 from dsv3_jax.model.cache import Cache
 from dsv3_jax.model.experts import MoE
@@ -29,6 +30,7 @@ class Block(Module):
     kind: Literal["dense", "moe"] = "moe"
     form: Form = "expanded"
     dispatch: Dispatch | None = None
+    kernels: Kernels = AUTO_KERNELS
 
     @nn.compact
     def __call__(
@@ -38,14 +40,18 @@ class Block(Module):
         x, cache = carry
         eps = self.cfg.rms_norm_eps
         normed = rms_norm(x, self.weight("attention_norm", "D"), eps)
-        y, cache = Attention(self.cfg, self.form, name="attention")(normed, ctx, cache, layer)
+        y, cache = Attention(self.cfg, self.form, kernels=self.kernels, name="attention")(
+            normed, ctx, cache, layer
+        )
         x = x + y
         normed = rms_norm(x, self.weight("mlp_norm", "D"), eps)
         routing = None
         if self.kind == "dense":
             y = MLP(self.cfg, "I", name="mlp")(normed)
         else:
-            y, routing = MoE(self.cfg, self.dispatch, name="mlp")(normed, ctx.token_mask_BT)
+            y, routing = MoE(self.cfg, self.dispatch, kernels=self.kernels, name="mlp")(
+                normed, ctx.token_mask_BT
+            )
         return (x + y, cache), routing
 
 

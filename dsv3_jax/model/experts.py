@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.module import Array, Module, grouped_matmul
 from dsv3_jax.model.router import Choice, Router, Routing
@@ -19,6 +20,7 @@ class RoutedExperts(Module):
     """The experts' weights (of this device) and their evaluation; where tokens go is the dispatch's."""
 
     dispatch: Dispatch | None = None
+    kernels: Kernels = AUTO_KERNELS
 
     @nn.compact
     def __call__(self, x_ND: Array, choice: Choice) -> tuple[Array, Array]:
@@ -28,9 +30,10 @@ class RoutedExperts(Module):
         x_ND, weights_NK = entering(x_ND, gate_up), entering(choice.weights_NK, gate_up)
 
         def compute(rows_RD: Array, group_sizes_E: Array) -> Array:
-            hidden = grouped_matmul(rows_RD, gate_up, group_sizes_E)
+            name = self.kernels.grouped_matmul
+            hidden = grouped_matmul(rows_RD, gate_up, group_sizes_E, implementation=name)
             gate, up = jnp.split(hidden, 2, axis=-1)
-            return grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes_E)
+            return grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes_E, implementation=name)
 
         y_ND, dropped = dispatch_experts(
             x_ND,
@@ -47,6 +50,7 @@ class MoE(Module):
     """Router, routed experts, shared experts."""
 
     dispatch: Dispatch | None = None
+    kernels: Kernels = AUTO_KERNELS
 
     @nn.compact
     def __call__(self, x_BTD: Array, token_mask_BT: Array) -> tuple[Array, Routing]:
@@ -55,7 +59,7 @@ class MoE(Module):
         B, T, D = x_BTD.shape
         if self.dispatch is not None and self.dispatch.size > 1:
             choice = _without_padding(choice, token_mask_BT.reshape(B * T))
-        experts = RoutedExperts(self.cfg, self.dispatch, name="experts")
+        experts = RoutedExperts(self.cfg, self.dispatch, kernels=self.kernels, name="experts")
         y_ND, dropped = experts(x_BTD.reshape(B * T, D), choice)
         y_BTD = y_ND.reshape(B, T, D)
         if self.cfg.n_shared_experts:

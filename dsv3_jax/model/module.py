@@ -84,13 +84,14 @@ def _product(equation: str, x: Array, weight: Array) -> Array:
     return y.reshape(*x.shape[: len(kept)], *weight.shape[: len(outer)])
 
 
-def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array) -> Array:
+def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementation: str = "auto") -> Array:
     """Rows sorted by expert times their expert's matrix: [N, in] and [E, ..., in] -> [N, prod(...)].
 
     A weight that is cut over an axis gives the product with this device's part (`RoutedExperts` adds them up).
     """
     weight = weight.astype(x_ND.dtype)
-    return _grouped_matmul(x_ND, weight.reshape(weight.shape[0], -1, weight.shape[-1]), group_sizes_E)
+    matrices = weight.reshape(weight.shape[0], -1, weight.shape[-1])
+    return _grouped_matmul(x_ND, matrices, group_sizes_E, implementation=implementation)
 
 
 def rows(weight: Any, ids: Array, dtype: Any) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.model.attention import Context, Form
 from dsv3_jax.model.block import Block, Remat, rematerialised
 from dsv3_jax.model.cache import Cache
@@ -20,6 +21,7 @@ class MTPLayer(Module):
     form: Form = "expanded"
     remat: Remat = "none"
     dispatch: Dispatch | None = None
+    kernels: Kernels = AUTO_KERNELS
 
     @nn.compact
     def __call__(
@@ -47,7 +49,9 @@ class MTPLayer(Module):
         embedded = rms_norm(embedded, self.weight("embed_norm", "D"), cfg.rms_norm_eps)
         hidden = rms_norm(hidden, self.weight("hidden_norm", "D"), cfg.rms_norm_eps)
         x = einsum("BTX,DX->BTD", jnp.concatenate([embedded, hidden], axis=-1), self.weight("proj", "DX"))
-        block = rematerialised(Block, self.remat)(cfg, "moe", self.form, self.dispatch, name="block")
+        block = rematerialised(Block, self.remat)(
+            cfg, "moe", self.form, self.dispatch, kernels=self.kernels, name="block"
+        )
         (x, cache), routing = block((x, cache), depth, ctx)
         hidden = rms_norm(x, self.weight("norm", "D"), cfg.rms_norm_eps)
         return (hidden, cache), (hidden, routing)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.model.attention import Context, Form
 from dsv3_jax.model.block import Block, Remat, rematerialised, stack
 from dsv3_jax.model.cache import Cache
@@ -50,21 +51,23 @@ class Transformer(Module):
       remat: what backward recomputes.
       dispatch: how experts are spread over devices, inside a `shard_map` in which the experts' leaves hold this
         device's experts; None: all are here.
+      kernels: which implementation computes attention and the experts' products.
     """
 
     form: Form = "expanded"
     remat: Remat = "none"
     dispatch: Dispatch | None = None
+    kernels: Kernels = AUTO_KERNELS
 
     def setup(self) -> None:
         cfg = self.cfg
         if cfg.num_dense_layers:
             self.dense = stack(rematerialised(Block, self.remat), cfg.num_dense_layers)(
-                cfg, "dense", self.form
+                cfg, "dense", self.form, kernels=self.kernels
             )
         if cfg.num_moe_layers:
             self.moe = stack(rematerialised(Block, self.remat), cfg.num_moe_layers)(
-                cfg, "moe", self.form, self.dispatch
+                cfg, "moe", self.form, self.dispatch, kernels=self.kernels
             )
         if cfg.num_nextn_predict_layers:
             scanned = nn.scan(
@@ -74,7 +77,9 @@ class Transformer(Module):
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=cfg.num_nextn_predict_layers,
             )
-            self.mtp_layers = scanned(cfg, self.form, self.remat, self.dispatch, name="mtp")
+            self.mtp_layers = scanned(
+                cfg, self.form, self.remat, self.dispatch, kernels=self.kernels, name="mtp"
+            )
 
     def __call__(
         self,

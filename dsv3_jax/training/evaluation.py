@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import AUTO_KERNELS, Kernels, ModelConfig
 from dsv3_jax.model import Transformer
 from dsv3_jax.parallel.dispatch import Dispatch
 from dsv3_jax.training.losses import (
@@ -56,9 +56,10 @@ def evaluation_sums(
     cfg: ModelConfig,
     chunk: int,
     dispatch: Dispatch | None = None,
+    kernels: Kernels = AUTO_KERNELS,
 ) -> EvalSums:
     """The sums of a batch as `loss_fn` takes it; `chunk` tokens' logits exist at a time."""
-    model = Transformer(cfg, dispatch=dispatch)
+    model = Transformer(cfg, dispatch=dispatch, kernels=kernels)
     main_head, mtp_head = heads(cfg, params)
     nats, out = next_token_loss(model, params, router, batch, chunk, main_head)
     targets = jnp.sum(batch["targets_BT"] >= 0, dtype=jnp.int32)

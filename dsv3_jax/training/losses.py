@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from dsv3_jax.config import ModelConfig, TrainingConfig
+from dsv3_jax.config import AUTO_KERNELS, Kernels, ModelConfig, TrainingConfig
 from dsv3_jax.model import Output, Routing, Transformer
 from dsv3_jax.parallel.dispatch import Dispatch
 from dsv3_jax.parallel.leaves import Sharded
@@ -225,6 +225,7 @@ def loss_fn(
     totals: Totals | None = None,
     dispatch: Dispatch | None = None,
     mtp_weight: Array | float | None = None,
+    kernels: Kernels = AUTO_KERNELS,
 ) -> tuple[Array, Parts]:
     """The training loss of a (micro-)batch.
 
@@ -237,11 +238,12 @@ def loss_fn(
       totals: of the global batch, by default of this one.
       dispatch: how tokens reach experts on other devices; None: all are here.
       mtp_weight: of this step, by default training.mtp_loss_weight.
+      kernels: which implementation computes each kernel.
     """
     training = training or TrainingConfig()
     mtp_weight = training.mtp_loss_weight if mtp_weight is None else mtp_weight
     totals = totals if totals is not None else count_totals(batch, cfg)
-    model = Transformer(cfg, remat=training.remat, dispatch=dispatch)
+    model = Transformer(cfg, remat=training.remat, dispatch=dispatch, kernels=kernels)
     main_head, mtp_head = heads(cfg, params)
     ce, out = next_token_loss(model, params, router, batch, training.loss_chunk, main_head)
     ce = ce / jnp.maximum(totals.targets, 1.0)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import ModelConfig, RunConfig
+from dsv3_jax.config import ModelConfig, RunConfig, parse_kernels
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.model import abstract_variables, init_variables, max_violation
 from dsv3_jax.parallel import BATCH_AXES
@@ -215,11 +215,11 @@ def _shard_gradients(
     """This device's part of the gradients of the global batch; loss and sums of that batch."""
     totals = lax.psum(count_totals(batch, cfg.model), BATCH_AXES)
     weights = compute_copies(params, placed, cfg.model.dtype)
-    n = cfg.training.accumulate
+    n, kernels = cfg.training.accumulate, parse_kernels(cfg.kernels)
 
     def one(micro: Batch) -> tuple[tuple[Array, Parts], Any]:
         return jax.value_and_grad(loss_fn, has_aux=True)(
-            weights, router, micro, cfg.model, cfg.training, totals, dispatch, weight
+            weights, router, micro, cfg.model, cfg.training, totals, dispatch, weight, kernels
         )
 
     if n == 1:
@@ -293,7 +293,9 @@ def make_eval_step(cfg: RunConfig, mesh: jax.sharding.Mesh) -> Callable[[Any, An
 
     def shard(params: Any, router: Any, batch: Batch) -> EvalSums:
         weights = compute_copies(params, placed, cfg.model.dtype)
-        sums = evaluation_sums(weights, router, batch, cfg.model, cfg.training.loss_chunk, dispatch)
+        sums = evaluation_sums(
+            weights, router, batch, cfg.model, cfg.training.loss_chunk, dispatch, parse_kernels(cfg.kernels)
+        )
         return lax.psum(sums, BATCH_AXES)
 
     return jax.shard_map(

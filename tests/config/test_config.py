@@ -65,6 +65,10 @@ def test_a_resolved_config_reads_back_equal(tmp_path: Path) -> None:
             "training.seq_len is 200000; expected at most model.max_position_embeddings",
         ),
         ("seed: -1", "seed is -1"),
+        ("kernels: fast", "kernels: 'fast' in 'fast'; expected one of auto, reference, mosaic"),
+        ("kernels: 'mosaic,atention=auto'", "kernels: 'atention=auto'"),
+        ("kernels: 'attention=auto,mosaic'", "kernels: 'mosaic' in"),
+        ("kernels: 'attention=auto,attention=mosaic'", "attention is given twice"),
     ],
 )
 def test_a_problem_names_the_key_the_value_and_what_was_expected(
