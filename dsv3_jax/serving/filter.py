@@ -60,7 +60,7 @@ class Filter(Protocol):
 def log_decision(
     *, where: str, request_id: str, action: str, rules: Sequence[str], offset: int, length: int
 ) -> None:
-    """One line of JSON a finding: everything but the text."""
+    """One line of JSON: everything but the text."""
     entry = {
         "event": "content_filter",
         "request_id": request_id,
@@ -91,7 +91,9 @@ def load_filter(spec: str) -> Filter:
         raise ConfigError(f"content filter {spec!r}: {error}") from None
     except AttributeError:
         raise ConfigError(f"content filter {spec!r}: {module} has no {attribute!r}") from None
-    made = found if isinstance(found, Filter) and not isinstance(found, type) else found()
+    made = (
+        found() if callable(found) and (isinstance(found, type) or not isinstance(found, Filter)) else found
+    )
     if not isinstance(made, Filter):
         raise ConfigError(
             f"content filter {spec!r} gives {type(made).__name__}, which lacks check() or stream()"
