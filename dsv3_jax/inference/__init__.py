@@ -2,6 +2,7 @@
 
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.options import Sampling
-from dsv3_jax.inference.requests import Request, Result
+from dsv3_jax.inference.requests import Request, Result, Update
+from dsv3_jax.inference.settings import EngineOptions
 
-__all__ = ["Engine", "Request", "Result", "Sampling"]
+__all__ = ["Engine", "EngineOptions", "Request", "Result", "Sampling", "Update"]

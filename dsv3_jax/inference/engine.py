@@ -1,273 +1,325 @@
-"""Decoding of token ids in static batches.
+"""The engine: requests in, tokens out, a step at a time. Token ids only; continuous batching over a paged cache.
 
-Promise: at a given batch size and compute type, the tokens of a request depend on its own ids and options
-alone, not on the other requests, their number or their order. What it rests on:
+Promise: with the same options and compute type, the tokens and log-probabilities of a request depend on its own ids
+and options alone: not on the other requests, their number or order, nor on how its prompt was cut into tiles, on
+prefixes found in the cache, or on pages lost and computed again. What it rests on:
 
-* every program runs at a fixed shape: batches are padded to `batch_size`, and a request's sizes (prompt
-  bucket, rows of a prefill call, cache slots) follow from its own length (`buckets`);
-* attention over the cache runs in fixed blocks, so masked ones add exact zeros; experts add a token's K
-  parts in the order of choice; a row of a matrix product does not depend on its place;
+* two programs compute all latents, each at one fixed shape: tiles of prompts, and a decode step of all rows. A prompt
+  token is always computed by the first, a new one by the second (`scheduler`);
+* attention over the pages runs in fixed blocks, so masked ones add exact zeros; experts add a token's K parts in the
+  order of choice; a row of a matrix product does not depend on its place;
 * random numbers come from (seed, hash of the prompt ids, position).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import DataError
-from dsv3_jax.inference import steps
-from dsv3_jax.inference.adjustments import needs_adjusting
-from dsv3_jax.inference.buckets import cache_slots, prefill_rows, prompt_bucket
-from dsv3_jax.inference.options import Sampling, row_key
-from dsv3_jax.inference.programs import Programs, Stats
-from dsv3_jax.inference.requests import Request, Result, Row, check_prompt, entry
-from dsv3_jax.inference.sampling import RowOptions, row_options
-from dsv3_jax.inference.weights import Weights, kinds, unstack_layers
-from dsv3_jax.model import Cache, make_cache
+from dsv3_jax.inference import calls, run, steps
+from dsv3_jax.inference.device import Device
+from dsv3_jax.inference.pages import PagePool
+from dsv3_jax.inference.requests import Entry, Request, Result, Update, check_prompt, entry
+from dsv3_jax.inference.scheduler import Plan, Scheduler, Sequence, Tile
+from dsv3_jax.inference.settings import EngineOptions, resolve
+from dsv3_jax.inference.stats import Stats
+from dsv3_jax.inference.table import RowTable
+from dsv3_jax.inference.weights import Weights, unstack_layers
 
-Watch = Callable[[Request, list[int]], int | None]
+_REASONS = {steps.STOP: "stop", steps.LENGTH: "length", steps.ERROR: "error"}
+
+
+@dataclasses.dataclass(eq=False)
+class _Record:
+    """A request on its way.
+
+    Attributes:
+      prompt_logprobs: so far; None if not asked for, or delivered.
+      admitted: when it was first planned; 0 before.
+    """
+
+    request: Request
+    sequence: Sequence
+    prompt_logprobs: list[Entry | None] | None
+    admitted: float = 0.0
 
 
 class Engine:
-    """A model ready to decode. Knows token ids only."""
+    """A model ready to decode. One thread at a time."""
 
     def __init__(
         self,
         cfg: ModelConfig,
-        variables: Mapping[str, Any] | Weights,
+        weights: Mapping[str, Any] | Weights,
         *,
-        batch_size: int = 16,
-        eos_ids: Sequence[int] = (),
+        options: EngineOptions | None = None,
+        eos_ids: Iterable[int] = (),
         vocab_limit: int | None = None,
-        cache_dtype: str | None = None,
-        steps_per_call: int = steps.MOST_STEPS,
     ) -> None:
         """
         Args:
           cfg: its `dtype` is the compute type.
-          variables: {"params", "router"}, or what `weights.unstack_layers` made of them.
-          batch_size: rows of every decode step.
+          weights: {"params", "router"}, or what `weights.unstack_layers` made of them.
           eos_ids: ids that end a row.
           vocab_limit: ids from here on are never chosen; by default the vocabulary.
-          cache_dtype: storage of the cache; by default the compute type, on the CPU float32 (a 16-bit cache is
-            converted as a whole in every layer there).
-          steps_per_call: tokens a row may get between two looks of the host; at most `steps.MOST_STEPS`.
+        Raises:
+          ConfigError: no memory for the cache.
         """
         self.cfg = cfg
-        self.batch_size = batch_size
-        self.steps_per_call = min(steps_per_call, steps.MOST_STEPS)
-        self.stats = Stats()
-        self._programs = Programs(self.stats)
-        self._weights = variables if isinstance(variables, Weights) else unstack_layers(cfg, variables)
-        # An id that no token has keeps the array's shape legal when nothing ends a row.
-        self._eos_ids = np.asarray(sorted(set(eos_ids)) or [-2], np.int32)
-        self._vocab_limit = min(vocab_limit or cfg.vocab_size, cfg.vocab_size)
-        self._cache_dtype = cache_dtype or ("float32" if jax.default_backend() == "cpu" else cfg.dtype)
-
-    def run(self, requests: Iterable[Request], watch: Watch | None = None) -> Iterator[list[Result]]:
-        """Decode all requests; yields after every device call the results that became known, often none.
-
-        Args:
-          watch: called with the new ids of a request as they come; a number says to keep that many of them and
-            end the request with "stop". Log-probabilities are cut alike.
-        Raises:
-          DataError: a prompt is empty, has ids out of range, or does not fit the context with its new tokens.
-        """
-        rows = []
-        for request in requests:
-            check_prompt(self.cfg, request.ids, request.sampling.max_new_tokens)
-            if needs_adjusting(request.sampling):
-                raise DataError("penalties, logit_bias and min_tokens are not supported by this engine")
-            rows.append(Row(request, np.asarray(request.ids, np.int32)))
-        wanted = [row.request.sampling.logprobs for row in rows if row.request.sampling.logprobs is not None]
-        groups: dict[int, list[Row]] = {}
-        for row in sorted(rows, key=self._bucket):
-            groups.setdefault(self._slots(row), []).append(row)
-        for slots, group in sorted(groups.items()):
-            if slots == 0:
-                yield from self._read_only(group)
-                continue
-            for start in range(0, len(group), self.batch_size):
-                batch = group[start : start + self.batch_size]
-                yield from self._decode_batch(batch, slots, max(wanted) if wanted else None, watch)
-
-    def _bucket(self, row: Row) -> int:
-        return prompt_bucket(len(row.ids), self.cfg.max_position_embeddings)
-
-    def _slots(self, row: Row) -> int:
-        """Cache slots that the row needs; 0 when nothing is to be decoded."""
-        new = row.request.sampling.max_new_tokens
-        return cache_slots(len(row.ids) + new, self.cfg.max_position_embeddings) if new else 0
-
-    # --- prompts ------------------------------------------------------------------------------------------
-
-    def _read_only(self, rows: list[Row]) -> Iterator[list[Result]]:
-        """Rows without new tokens: their prompts are scored if asked for, else there is nothing to compute."""
-        silent = [row for row in rows if row.request.sampling.prompt_logprobs is None]
-        for row in silent:
-            row.reason = steps.LENGTH
-        if silent:
-            yield [row.result() for row in silent]
-        rows = [row for row in rows if row.request.sampling.prompt_logprobs is not None]
-        for places in self._calls(rows):
-            part = [rows[place] for place in places]
-            self._prefill(
-                part, None, jnp.zeros((self.batch_size, self.cfg.hidden_size), self.cfg.dtype), places
-            )
-            for row in part:
-                row.reason = row.reason or steps.LENGTH
-            yield [row.result() for row in part]
-
-    def _calls(self, rows: list[Row]) -> Iterator[range]:
-        """Prefill calls of rows sorted by bucket: which rows go together."""
-        start = 0
-        while start < len(rows):
-            bucket = self._bucket(rows[start])
-            stop = start
-            limit = min(start + prefill_rows(bucket, self.batch_size), len(rows))
-            while stop < limit and self._bucket(rows[stop]) == bucket:
-                stop += 1
-            yield range(start, stop)
-            start = stop
-
-    def _prefill(
-        self, rows: list[Row], cache: Cache | None, hidden_BD: jax.Array, places: range
-    ) -> tuple[Cache | None, jax.Array]:
-        """Run the prompts of one call, all of one bucket, into `places` of the batch; scores those that ask for it."""
-        bucket = self._bucket(rows[0])
-        height = prefill_rows(bucket, self.batch_size)
-        tokens_BT = np.zeros((height, bucket), np.int32)
-        lengths_B = np.zeros(height, np.int32)
-        rows_B = np.full(height, self.batch_size, np.int32)
-        for at, (row, place) in enumerate(zip(rows, places, strict=True)):
-            tokens_BT[at, : len(row.ids)], lengths_B[at], rows_B[at] = row.ids, len(row.ids), place
-        with self.stats.timed("prefill"):
-            cache, hidden_BD, hidden_BTD = prefill(
-                self._programs, self.cfg, self._weights, cache, hidden_BD, tokens_BT, lengths_B, rows_B
-            )
-            self._score(rows, hidden_BTD, tokens_BT)
-            jax.block_until_ready(hidden_BD)
-        self.stats.prefill_tokens += int(lengths_B.sum())
-        return cache, hidden_BD
-
-    def _score(self, rows: list[Row], hidden_BTD: jax.Array, tokens_BT: np.ndarray) -> None:
-        """Fill in the prompt log-probabilities of the rows of one call that want them."""
-        counts = [row.request.sampling.prompt_logprobs for row in rows]
-        if all(count is None for count in counts):
-            return
-        targets_BT = np.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-        static = (self.cfg, max(count or 0 for count in counts), steps.SCORE_FLOATS)
-        found, finite_BT = jax.device_get(
-            self._programs.run(steps.score, static, (self._weights.top, hidden_BTD, targets_BT))
+        weights = weights if isinstance(weights, Weights) else unstack_layers(cfg, weights)
+        self.options = options = resolve(options or EngineOptions(), cfg)
+        assert options.pages is not None
+        self._device = Device(
+            cfg,
+            weights,
+            options,
+            eos_ids=list(eos_ids),
+            vocab_limit=min(vocab_limit or cfg.vocab_size, cfg.vocab_size),
         )
-        for at, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            scored = len(row.ids) - 1
-            if count is None:
+        self.scheduler = Scheduler(
+            PagePool(options.pages),
+            rows=options.rows,
+            page_size=options.page_size,
+            prefill_tiles=options.prefill_tiles,
+            tile=options.tile,
+            most_steps=options.steps_per_call,
+            prefix_cache=options.prefix_cache,
+        )
+        self._table = RowTable(options.rows, self._device.table_width)
+        self._records: dict[int, _Record] = {}
+        self._ready: list[Update] = []
+        self._tickets = 0
+        self._stats = Stats(pages_total=self.scheduler.pool.total)
+        self._expert_counts: np.ndarray | None = None
+
+    def warm(self) -> None:
+        """Compile every program; nothing is compiled after it."""
+        self._device.compile()
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would bring nothing."""
+        return not self._records and not self._ready
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt and new tokens that the waiting requests may come to."""
+        return sum(len(s.prompt) + s.max_new for s in self.scheduler.waiting)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts up to now."""
+        scheduler, stats = self.scheduler, self._stats
+        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
+        stats.pages_used, stats.pages_cached = scheduler.pool.used, scheduler.pool.cached
+        stats.prefix_hit_tokens, stats.preemptions = scheduler.prefix_hit_tokens, scheduler.preemptions
+        stats.programs, stats.compile_seconds = self._device.programs.count, self._device.programs.seconds
+        return stats
+
+    def expert_counts(self) -> np.ndarray | None:
+        """int64 [expert layers, experts]: tokens sent to each expert since the start; None without experts."""
+        new = self._device.take_expert_counts()
+        if new is not None:
+            self._expert_counts = new if self._expert_counts is None else self._expert_counts + new
+        return self._expert_counts
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its ticket.
+
+        Raises:
+          DataError: its prompt is empty or has ids out of range, it can never fit, or it asks for more
+            log-probabilities than the engine was made for.
+        """
+        sampling, options = request.sampling, self.options
+        check_prompt(self.cfg, request.ids, sampling.max_new_tokens, options.context)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(sampling, name)
+            if count is not None and (options.max_logprobs is None or count > options.max_logprobs):
+                raise DataError(f"{name} is {count}; this engine gives {options.max_logprobs} at most")
+        ids = np.asarray(request.ids, np.int32)
+        if not self.scheduler.fits(len(ids), sampling.max_new_tokens):
+            raise DataError(
+                f"the prompt has {len(ids)} tokens and max_new_tokens is {sampling.max_new_tokens}: together more than "
+                f"the cache of {self.scheduler.pool.total} pages of {options.page_size} tokens"
+            )
+        self._tickets += 1
+        ticket = self._tickets
+        scored = sampling.prompt_logprobs is not None
+        if sampling.max_new_tokens == 0 and not scored:
+            self._ready.append(Update(ticket, finish_reason="length"))
+            return ticket
+        sequence = Sequence(
+            ticket,
+            ids,
+            sampling.max_new_tokens,
+            tenant=request.tenant,
+            find_prefix=not scored,
+            one_by_one=request.stream,
+        )
+        self._records[ticket] = _Record(request, sequence, [None] * len(ids) if scored else None)
+        self.scheduler.add(sequence)
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """End a request; its pages are free at once. Nothing happens to one that has ended."""
+        record = self._records.pop(ticket, None)
+        if record is not None:
+            self.scheduler.remove(record.sequence)
+            self._ready.append(Update(ticket, finish_reason="cancelled"))
+
+    def step(self) -> list[Update]:
+        """Admit, compute a call of prompt tiles and one of the decode step, and say what came of it."""
+        updates = {update.ticket: update for update in self._ready}
+        self._ready = []
+        plan = self.scheduler.plan()
+        if plan.tiles or plan.decode:
+            self._enter(plan)
+            for update in self._carry_out(plan):
+                updates[update.ticket] = update
+        return list(updates.values())
+
+    def run(self, requests: Iterable[Request], watch: run.Watch | None = None) -> Iterator[list[Result]]:
+        """Decode all requests; see `run.run`."""
+        return run.run(self, requests, watch)
+
+    def _enter(self, plan: Plan) -> None:
+        """Bring the table of rows up to the plan."""
+        for sequence in self.scheduler.running:
+            record = self._records[sequence.ticket]
+            record.admitted = record.admitted or time.perf_counter()
+            owner = (sequence.ticket, sequence.preempted)
+            self._table.enter(sequence.row, owner, record.request.sampling, sequence.prompt)
+            self._table.list_pages(sequence.row, sequence.pages)
+        self._table.leave({sequence.row for sequence in self.scheduler.running})
+
+    def _carry_out(self, plan: Plan) -> Iterator[Update]:
+        """The calls of a plan, one look at what they gave, and the updates."""
+        prompts = rows = None
+        if plan.tiles:
+            with self._stats.timed("prefill"):
+                prompts = calls.prefill(
+                    self._device,
+                    self.options,
+                    self._table,
+                    plan.tiles,
+                    score=any(self._records[t.sequence.ticket].prompt_logprobs for t in plan.tiles),
+                    wanted=self._wants_logprobs(calls.starting(plan.tiles)),
+                )
+                jax.block_until_ready(prompts)
+        with self._stats.timed("decode"):
+            if plan.decode:
+                rows = calls.decode(
+                    self._device,
+                    self.options,
+                    self._table,
+                    plan,
+                    wanted=self._wants_logprobs(plan.decode),
+                    until_one_ends=bool(self.scheduler.waiting),
+                )
+                self._stats.decode_calls += 1
+            prompts, rows = jax.device_get((prompts, rows))
+        if prompts is not None:
+            yield from self._after_prompts(plan.tiles, prompts)
+        if rows is not None:
+            for sequence in plan.decode:
+                yield from self._after_decode(sequence, rows.reason_B, rows.produced)
+
+    def _wants_logprobs(self, sequences: list[Sequence]) -> bool:
+        return any(self._records[s.ticket].request.sampling.logprobs is not None for s in sequences)
+
+    def _after_prompts(self, tiles: list[Tile], found: calls.PromptsFound) -> Iterator[Update]:
+        begin = calls.starting(tiles)
+        for at, tile in enumerate(tiles):
+            sequence = tile.sequence
+            record = self._records.get(sequence.ticket)
+            if record is None:
+                continue  # ended by an earlier tile
+            scored = min(tile.stop + 1, len(sequence.prompt)) - tile.start - 1
+            finite = bool(found.finite_B[at])
+            if record.prompt_logprobs is not None and found.scored is not None:
+                finite = finite and bool(found.scored[1][at, :scored].all())
+            if not finite:
+                where = f"prompt tokens {tile.start} to {tile.stop - 1}"
+                yield self._end(record, "error", f"what the model gives for {where} is not finite")
                 continue
-            if not finite_BT[at, :scored].all():
-                row.reason = steps.ERROR
+            self.scheduler.prefilled(tile)
+            self._stats.prefill_tokens += tile.stop - tile.start
+            if record.prompt_logprobs is not None and found.scored is not None:
+                count = record.request.sampling.prompt_logprobs
+                for t in range(scored):
+                    token = int(sequence.prompt[tile.start + t + 1])
+                    new = entry(token, found.scored[0], (at, t), count or 0)
+                    record.prompt_logprobs[tile.start + t + 1] = new
+            if sequence.in_prompt:
                 continue
-            row.prompt_logprobs = [None]
-            row.prompt_logprobs += [entry(int(row.ids[t + 1]), found, (at, t), count) for t in range(scored)]
+            if sequence in begin and found.first is not None:
+                yield from self._after_decode(sequence, *found.first)
+            elif not sequence.max_new:
+                yield self._end(record, "length")
 
-    # --- new tokens ---------------------------------------------------------------------------------------
+    def _after_decode(
+        self, sequence: Sequence, reason_B: np.ndarray, produced: steps.Produced
+    ) -> Iterator[Update]:
+        """Take the new tokens of a row."""
+        record, row = self._records[sequence.ticket], sequence.row
+        column = np.asarray(produced.token_TB)[:, row]
+        given = column[column != steps.NO_TOKEN].tolist()
+        first = not sequence.new
+        # The tokens of a row that lost its pages are known already, and were reported.
+        again = 0 if first else sequence.length - 1 - sequence.written
+        new = given[again:]
+        # The first token comes from the prompt: nothing was written for it.
+        self.scheduler.decoded(sequence, 0 if first else len(given), new)
+        self._stats.decode_tokens += len(new)
+        count, logprobs = record.request.sampling.logprobs, None
+        if count is not None and produced.logprobs is not None:
+            times = range(again, again + len(new))
+            logprobs = [
+                entry(token, produced.logprobs, (t, row), count) for t, token in zip(times, new, strict=True)
+            ]
+        if first:
+            self._stats.first_token_seconds.append(time.perf_counter() - record.admitted)
+        reason, error = _REASONS.get(int(reason_B[row])), None
+        if reason == "error":
+            error = f"the logits after token {sequence.length} are not finite"
+        if reason is not None:
+            yield self._end(record, reason, error, new, logprobs)
+        elif new:
+            yield self._update(record, new, logprobs)
 
-    def _decode_batch(
-        self, rows: list[Row], slots: int, count: int | None, watch: Watch | None
-    ) -> Iterator[list[Result]]:
-        cfg, B, top = self.cfg, self.batch_size, self._weights.top
-        cache: Any = make_cache(cfg, B, slots, dtype=self._cache_dtype)
-        hidden_BD = jnp.zeros((B, cfg.hidden_size), cfg.dtype)
-        for places in self._calls(rows):
-            cache, hidden_BD = self._prefill([rows[place] for place in places], cache, hidden_BD, places)
-        yield [row.result() for row in rows if row.reason != steps.LIVE]  # prompts that could not be scored
+    def _update(self, record: _Record, new: list[int], logprobs: list[Entry] | None) -> Update:
+        """An update; the prompt's log-probabilities go with the first one."""
+        prompt_logprobs, record.prompt_logprobs = record.prompt_logprobs, None
+        if prompt_logprobs is not None:
+            record.sequence.find_prefix = True  # they need not be computed again
+        return Update(
+            record.sequence.ticket,
+            new,
+            logprobs,
+            prompt_logprobs,
+            cached_tokens=max(record.sequence.cached, 0),
+        )
 
-        state = self._start(rows, cache)
-        options = self._options(rows)
-        static = (cfg, self._vocab_limit, count)
-        limit = np.int32(self.steps_per_call)
-        produced = None
-        while any(row.reason == steps.LIVE for row in rows):
-            with self.stats.timed("decode"):
-                if produced is None:
-                    start = (state, top, hidden_BD, options, self._eos_ids)
-                    state, produced = self._programs.run(steps.first, static, start, (0,))
-                else:
-                    stopped_B = np.ones(B, bool)
-                    stopped_B[: len(rows)] = [row.reason != steps.LIVE for row in rows]
-                    more = (state, self._weights, options, self._eos_ids, stopped_B, limit)
-                    state, produced = self._programs.run(
-                        steps.decode, (*static, steps.MOST_STEPS), more, (0,)
-                    )
-                host, reason_B = jax.device_get((produced, state.reason_B))
-            yield self._harvest(rows, host, reason_B, watch)
-
-    def _start(self, rows: list[Row], cache: Cache) -> steps.State:
-        token_B, position_B, left_B = (np.zeros(self.batch_size, np.int32) for _ in range(3))
-        reason_B = np.full(self.batch_size, steps.STOP, np.int32)
-        for at, row in enumerate(rows):
-            token_B[at], position_B[at] = row.ids[-1], len(row.ids) - 1
-            left_B[at], reason_B[at] = row.request.sampling.max_new_tokens, row.reason
-        return steps.State(cache, *map(jnp.asarray, (token_B, position_B, left_B, reason_B)))
-
-    def _options(self, rows: list[Row]) -> RowOptions:
-        padding = self.batch_size - len(rows)
-        samplings = [row.request.sampling for row in rows] + [Sampling()] * padding
-        keys = [row_key(row.request.sampling.seed, row.ids) for row in rows] + [
-            np.zeros(2, np.uint32)
-        ] * padding
-        return row_options(samplings, keys)
-
-    def _harvest(
-        self, rows: list[Row], produced: steps.Produced, reason_B: np.ndarray, watch: Watch | None
-    ) -> list[Result]:
-        """Take the new tokens of every live row; returns the results of rows that have ended now."""
-        ended = []
-        for at, row in enumerate(rows):
-            if row.reason != steps.LIVE:
-                continue
-            column = np.asarray(produced.token_TB)[:, at]
-            times = np.flatnonzero(column != steps.NO_TOKEN).tolist()
-            new = [int(column[t]) for t in times]
-            row.reason = int(reason_B[at])
-            keep = watch(row.request, new) if watch is not None and new else None
-            if keep is not None:
-                times, new, row.reason = times[:keep], new[:keep], steps.STOP
-            row.add(times, new, produced.logprobs, at)
-            self.stats.decode_tokens += len(new)
-            if row.reason != steps.LIVE:
-                ended.append(row.result())
-        return ended
-
-
-def prefill(
-    programs: Programs,
-    cfg: ModelConfig,
-    weights: Weights,
-    cache: Cache | None,
-    hidden_BD: jax.Array,
-    tokens_BT: np.ndarray,
-    lengths_B: np.ndarray,
-    rows_B: np.ndarray,
-) -> tuple[Cache | None, jax.Array, jax.Array]:
-    """Run right-padded prompts layer by layer into rows of a batch (see `steps.prompt_layer`).
-
-    Args:
-      cache, hidden_BD: of the whole batch, donated; no cache for prompts that are only scored.
-      tokens_BT, lengths_B, rows_B: the prompts, their lengths, their rows in the batch.
-    Returns:
-      The cache, `hidden_BD` with the prompts' last hidden states, and the hidden states [B, T, D] of the prompts.
-    """
-    x_BTD = programs.run(steps.embed, (cfg,), (weights.top, tokens_BT))
-    for layer, (kind, variables) in enumerate(zip(kinds(cfg), weights.layers, strict=True)):
-        args = (x_BTD, cache, variables, lengths_B, np.int32(layer), rows_B)
-        x_BTD, cache = programs.run(steps.prompt_layer, (cfg, kind), args, (0, 1))
-    end = (hidden_BD, weights.top, x_BTD, lengths_B, rows_B)
-    hidden_BD, hidden_BTD = programs.run(steps.prompt_end, (cfg,), end, (0,))
-    return cache, hidden_BD, hidden_BTD
+    def _end(
+        self,
+        record: _Record,
+        reason: str,
+        error: str | None = None,
+        new: list[int] | None = None,
+        logprobs: list[Entry] | None = None,
+    ) -> Update:
+        sequence = record.sequence
+        del self._records[sequence.ticket]
+        self.scheduler.remove(sequence)
+        if logprobs is None and record.request.sampling.logprobs is not None:
+            logprobs = []
+        return dataclasses.replace(
+            self._update(record, new or [], logprobs), finish_reason=reason, error=error
+        )

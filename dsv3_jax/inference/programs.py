@@ -1,62 +1,44 @@
-"""Device programs compiled ahead of time, and the engine's counts."""
+"""Device programs, compiled ahead of time."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
-
-@dataclasses.dataclass
-class Stats:
-    """Counts and seconds since the engine was made; compiling is counted apart."""
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    programs: int = 0
-
-    @contextlib.contextmanager
-    def timed(self, phase: Literal["prefill", "decode"]) -> Iterator[None]:
-        """Add the seconds of a block, without those spent compiling, to a phase."""
-        started, compiling = time.perf_counter(), self.compile_seconds
-        yield
-        seconds = time.perf_counter() - started - (self.compile_seconds - compiling)
-        if phase == "prefill":
-            self.prefill_seconds += seconds
-        else:
-            self.decode_seconds += seconds
-
+Program = Callable[..., Any]
 
 # Of the process: another engine of the same model and sizes compiles nothing.
-_COMPILED: dict[Any, Any] = {}
+_COMPILED: dict[Any, Program] = {}
 
 
 class Programs:
-    """Runs pure functions on the device; one program for each function, static arguments and shapes."""
+    """Compiles pure functions for fixed shapes. What it returns refuses other shapes, so nothing recompiles.
 
-    def __init__(self, stats: Stats) -> None:
-        self._stats = stats
+    Attributes:
+      count: programs that had to be compiled.
+      seconds: what that took.
+    """
 
-    def run(
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+
+    def compile(
         self,
         function: Callable[..., Any],
         static: tuple[Any, ...],
         args: tuple[Any, ...],
         donate: tuple[int, ...] = (),
-    ) -> Any:
-        """`function(*static, *args)`.
+    ) -> Program:
+        """The program of `function(*static, *args)`, to be called with arrays like `args`.
 
         Args:
           static: hashable leading arguments.
-          args: arrays and trees of them.
+          args: arrays or shapes (jax.ShapeDtypeStruct), and trees of them.
           donate: positions in `args` whose buffers may be reused.
         """
         leaves, tree = jax.tree.flatten(args)
@@ -66,6 +48,6 @@ class Programs:
             started = time.perf_counter()
             jitted = jax.jit(functools.partial(function, *static), donate_argnums=donate)
             program = _COMPILED[key] = jitted.lower(*args).compile()
-            self._stats.compile_seconds += time.perf_counter() - started
-            self._stats.programs += 1
-        return program(*args)
+            self.seconds += time.perf_counter() - started
+            self.count += 1
+        return program

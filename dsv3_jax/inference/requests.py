@@ -10,35 +10,55 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import DataError
-from dsv3_jax.inference import steps
 from dsv3_jax.inference.options import Sampling
 from dsv3_jax.inference.sampling import TokenLogprobs
 
 Entry = dict[str, Any]
 
-_REASONS = {steps.STOP: "stop", steps.LENGTH: "length"}
-
-
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt as token ids and how to continue it. `index` is the caller's."""
+    """A prompt as token ids and how to continue it.
+
+    Attributes:
+      index: the caller's.
+      tenant: whose cached prefixes the prompt may use; no tenant can tell what another has cached.
+      stream: every token is wanted as soon as it is known; else a step may bring several.
+    """
 
     ids: Sequence[int] | np.ndarray
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     index: int = 0
+    tenant: str = ""
+    stream: bool = False
+
+
+@dataclasses.dataclass
+class Update:
+    """What a step brought for a request.
+
+    Attributes:
+      ticket: of the request.
+      token_ids: new tokens, without the end-of-sequence id that ended them.
+      logprobs: an entry for each of them, {"token_id", "logprob", "top": [[id, logprob], ...]}, or None if not
+        asked for.
+      prompt_logprobs: an entry per prompt token, the first None; once, with the first tokens; else None.
+      finish_reason: None while it goes on; "stop", "length", "error" or "cancelled".
+      error: the reason for "error".
+      cached_tokens: prompt tokens that the prefix cache saved.
+    """
+
+    ticket: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[Entry] | None = None
+    prompt_logprobs: list[Entry | None] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a request.
-
-    Attributes:
-      token_ids: new tokens, without the end-of-sequence id that ended them.
-      finish_reason: "stop", "length" or "error".
-      error: the reason for "error".
-      logprobs: one entry per new token, {"token_id", "logprob", "top": [[id, logprob], ...]}, or None.
-      prompt_logprobs: one entry per prompt token, the first None; or None.
-    """
+    """What became of a request; the fields are those of its updates together."""
 
     request: Request
     token_ids: list[int]
@@ -48,49 +68,20 @@ class Result:
     prompt_logprobs: list[Entry | None] | None = None
 
 
-@dataclasses.dataclass
-class Row:
-    """A request on its way through a batch."""
+def check_prompt(
+    cfg: ModelConfig, ids: Sequence[int] | np.ndarray, max_new_tokens: int, context: int | None = None
+) -> None:
+    """Raises DataError unless the ids are in range and the prompt fits the context with its new tokens.
 
-    request: Request
-    ids: np.ndarray
-    new: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[Entry] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[Entry | None] | None = None
-    reason: int = steps.LIVE
-
-    def add(self, times: Sequence[int], tokens: list[int], logprobs: TokenLogprobs | None, at: int) -> None:
-        """Take new tokens and, if asked for, their log-probabilities (numpy, [steps, B])."""
-        self.new += tokens
-        count = self.request.sampling.logprobs
-        if count is not None and logprobs is not None:
-            self.logprobs += [
-                entry(token, logprobs, (t, at), count) for t, token in zip(times, tokens, strict=True)
-            ]
-
-    def result(self) -> Result:
-        """The result, once `reason` says that the row has ended."""
-        if self.reason == steps.ERROR:
-            error = f"the logits after token {len(self.ids) + len(self.new)} are not finite"
-            return Result(self.request, self.new, "error", error)
-        return Result(
-            self.request,
-            self.new,
-            _REASONS[self.reason],
-            logprobs=None if self.request.sampling.logprobs is None else self.logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-        )
-
-
-def check_prompt(cfg: ModelConfig, ids: Sequence[int] | np.ndarray, max_new_tokens: int) -> None:
-    """Raises DataError unless the ids are in range and the prompt fits the context with its new tokens."""
+    Args: context: by default the model's.
+    """
     if len(ids) == 0:
         raise DataError("the prompt has no tokens; at least one is needed")
     low, high = int(min(ids)), int(max(ids))
     if low < 0 or high >= cfg.vocab_size:
         bad = low if low < 0 else high
         raise DataError(f"token id {bad} is out of range; expected 0 <= id < vocab_size = {cfg.vocab_size}")
-    context = cfg.max_position_embeddings
+    context = context or cfg.max_position_embeddings
     if len(ids) + max_new_tokens > context:
         raise DataError(
             f"the prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}: together more than the "

@@ -1,7 +1,7 @@
-"""The device programs of decoding: prefill, scoring of prompts, and a loop of several tokens.
+"""The device programs of the engine: tiles of prompts, the first new token, scoring, and a loop of several tokens.
 
-All are pure functions with donated state. A program's shapes are fixed by the batch size and a bucket, and on
-one device a row's result does not depend on what the other rows hold.
+All are pure functions with donated state. Their shapes are fixed by the engine's options, and on one device what
+becomes of a token does not depend on what the other rows and tiles hold.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flax import struct
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.sampling import RowOptions, TokenLogprobs, ends_row, sample, token_logprobs
 from dsv3_jax.inference.weights import Weights, kinds
-from dsv3_jax.model import Cache, Transformer, make_cache
+from dsv3_jax.model import PagedCache, Transformer
 from dsv3_jax.model.attention import Context
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.module import rows
@@ -33,23 +33,33 @@ NO_TOKEN = -1
 SCORE_FLOATS = 1 << 24
 """Logits that scoring holds at once, about."""
 
-MOST_STEPS = 16
-"""Tokens a row can get in one call of the engine."""
+
+@struct.dataclass
+class Memory:
+    """What stays on the device between calls, donated to each.
+
+    Attributes:
+      latent_NPJ, index_NPZ: the pages of all layers (`PagedCache`).
+      counts_LE: int32 tokens sent to each expert of each expert layer since they were last read; None without
+        experts.
+    """
+
+    latent_NPJ: Array
+    index_NPZ: Array | None
+    counts_LE: Array | None
 
 
 @struct.dataclass
 class State:
-    """What a batch carries from one call to the next.
+    """Where every row of the decode step is.
 
     Attributes:
-      cache: latent cache of all rows.
-      token_B: the last token of each row, not yet in the cache.
+      token_B: the last token of each row that is not yet in the pages.
       position_B: its position.
       left_B: tokens the row may still produce.
-      reason_B: LIVE, or why the row ended.
+      reason_B: LIVE, or why the row ended; STOP for a row that nobody uses.
     """
 
-    cache: Cache
     token_B: Array
     position_B: Array
     left_B: Array
@@ -64,6 +74,26 @@ class Produced:
     logprobs: TokenLogprobs | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the programs are compiled for beside the model; static.
+
+    Attributes:
+      pages: of one layer.
+      vocab_limit: ids from here on are never chosen.
+      logprobs: how many of the likeliest ids a log-probability may come with; None: there are none to be had.
+      steps: tokens that a decode call may give a row.
+    """
+
+    pages: int
+    vocab_limit: int
+    logprobs: int | None
+    steps: int
+
+
+# --- prompts --------------------------------------------------------------------------------------------------
+
+
 def embed(cfg: ModelConfig, top: Variables, tokens_BT: Array) -> Array:
     """Tokens [B, T] -> [B, T, D] in the compute type."""
     return rows(top["params"]["embed_VD"], tokens_BT, jnp.dtype(cfg.dtype))
@@ -72,66 +102,48 @@ def embed(cfg: ModelConfig, top: Variables, tokens_BT: Array) -> Array:
 def prompt_layer(
     cfg: ModelConfig,
     kind: str,
+    pages: int,
     x_BTD: Array,
-    cache: Cache | None,
+    memory: Memory,
     variables: Variables,
-    lengths_B: Array,
+    positions_BT: Array,
+    tables_BM: Array,
     layer: Array,
-    rows_B: Array,
-) -> tuple[Array, Cache | None]:
-    """One layer over prompts in the expanded form; its latents go into rows of the batch's cache.
+) -> tuple[Array, Memory]:
+    """One layer over tiles of prompts; several tiles may belong to one prompt.
 
-    One program serves all layers of a kind, so that compile time does not grow with depth.
+    All latents are written before any attention reads, so a tile sees the earlier ones of the same call. One
+    program serves all layers of a kind: compile time does not grow with depth.
 
     Args:
       kind: "dense" or "moe".
-      x_BTD: prompts, padded on the right (donated).
-      cache: of the whole batch, its slots at least T (donated); None for prompts that are only scored.
-      lengths_B: tokens of each prompt; 0 for a row that is only padding.
-      rows_B: where each prompt goes; beyond the batch for padding.
+      pages: of one layer.
+      x_BTD, memory: donated.
+      positions_BT: position of each token in its prompt, negative for padding.
+      tables_BM: pages of each tile's prompt.
     """
-    B, T, _ = x_BTD.shape
-    order_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
-    ctx = _context(cfg, jnp.where(order_BT < lengths_B[:, None], order_BT, -1))
-    block = Block(cfg, kind, "expanded")
-    if cache is None:
-        (x_BTD, _), _ = block.apply(variables, (x_BTD, None), jnp.int32(0), ctx)
-        return x_BTD, None
-    part = make_cache(cfg, B, T, layers=1, dtype=cache.latent_LBSJ.dtype.name)
-    (x_BTD, filled), _ = block.apply(variables, (x_BTD, part), jnp.int32(0), ctx)
-    cache = jax.tree.map(
-        lambda whole, new: whole.at[layer, rows_B, :T].set(new[0], mode="drop"), cache, filled
-    )
-    return x_BTD, cache
+    block = Block(cfg, kind, "absorbed")
+    return _layer(cfg, block, pages, x_BTD, memory, variables, _context(cfg, positions_BT), tables_BM, layer)
 
 
 def prompt_end(
-    cfg: ModelConfig, hidden_BD: Array, top: Variables, x_BTD: Array, lengths_B: Array, rows_B: Array
-) -> tuple[Array, Array]:
-    """The final norm: hidden states [B, T, D] of these prompts, and the last ones put into `hidden_BD` (donated)."""
+    cfg: ModelConfig, height: int, top: Variables, x_BTD: Array, positions_BT: Array, last_B: Array, rows_B: Array
+) -> tuple[Array, Array, Array]:
+    """The final norm: hidden states [B, T, D] of the tiles, those of the last prompt tokens by row, and what is sound.
+
+    Args:
+      height: rows of the decode step.
+      last_B: where in its tile the last token of a prompt is; anything for the other tiles.
+      rows_B: the row of a tile that ends a prompt; `height` for the other tiles.
+    Returns:
+      [B, T, D], [height, D], and bool [B]: whether every token of a tile is finite. What is not finite in any
+      layer still is at the end, as layers add to the hidden state.
+    """
     hidden_BTD = _final_norm(cfg, top, x_BTD)
-    last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
-    last_BD = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
-    return hidden_BD.at[rows_B].set(last_BD, mode="drop"), hidden_BTD
-
-
-def _context(cfg: ModelConfig, positions_BT: Array) -> Context:
-    return Context(rope_tables(cfg, positions_BT), positions_BT, None, positions_BT >= 0)
-
-
-def _final_norm(cfg: ModelConfig, top: Variables, x_BTD: Array) -> Array:
-    return rms_norm(x_BTD, top["params"]["final_norm_D"], cfg.rms_norm_eps)
-
-
-def _forward(
-    cfg: ModelConfig, weights: Weights, tokens_BT: Array, positions_BT: Array, cache: Cache
-) -> tuple[Array, Cache]:
-    """`Transformer` in the absorbed form over unstacked weights: hidden states [B, T, D] and the cache."""
-    carry: tuple[Array, Cache] = (embed(cfg, weights.top, tokens_BT), cache)
-    ctx = _context(cfg, positions_BT)
-    for layer, (kind, variables) in enumerate(zip(kinds(cfg), weights.layers, strict=True)):
-        carry, _ = Block(cfg, kind, "absorbed").apply(variables, carry, jnp.int32(layer), ctx)
-    return _final_norm(cfg, weights.top, carry[0]), carry[1]
+    finite_BT = jnp.all(jnp.isfinite(hidden_BTD), axis=-1) | (positions_BT < 0)
+    last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    empty = jnp.zeros((height, hidden_BTD.shape[2]), hidden_BTD.dtype)
+    return hidden_BTD, empty.at[rows_B].set(last_BD, mode="drop"), jnp.all(finite_BT, axis=1)
 
 
 def score(
@@ -161,103 +173,164 @@ def score(
     return jax.tree.map(lambda x: einops.rearrange(x, "n b t ... -> b (n t) ...")[:, :T], found)
 
 
-def _logits(cfg: ModelConfig, top: Variables, hidden: Array) -> Array:
-    logits = Transformer(cfg).apply(top, hidden, method="logits")
-    # What is asked of the logits later (log-probabilities or not) must not change how they are computed.
-    return jax.lax.optimization_barrier(logits)
+# --- new tokens -----------------------------------------------------------------------------------------------
+
+
+def first(
+    cfg: ModelConfig,
+    sizes: Sizes,
+    state: State,
+    top: Variables,
+    hidden_BD: Array,
+    options: RowOptions,
+    eos_ids: Array,
+    wanted: Array,
+) -> tuple[Array, Produced]:
+    """The first new token of every live row, from the last hidden state of its prompt; one step.
+
+    Returns the reasons [B] and the tokens.
+    """
+    no_B = jnp.full(state.token_B.shape, NO_TOKEN, jnp.int32)
+    state, produced = _advance(cfg, sizes, top, state, hidden_BD, no_B, options, eos_ids, wanted)
+    return state.reason_B, jax.tree.map(lambda x: x[None], produced)
+
+
+def decode(
+    cfg: ModelConfig,
+    sizes: Sizes,
+    memory: Memory,
+    weights: Weights,
+    state: State,
+    tables_BM: Array,
+    known_TB: Array,
+    options: RowOptions,
+    eos_ids: Array,
+    wanted: Array,
+    limit: Array,
+    until_one_ends: Array,
+) -> tuple[Memory, Array, Produced]:
+    """Up to `limit` (at most `sizes.steps`) tokens for every live row; ends early when no row is left.
+
+    Args:
+      memory: donated.
+      tables_BM: pages of each row, enough for `limit` more tokens.
+      known_TB: the token that step t of row b is known to give, fed again after a row lost its pages; else NO_TOKEN.
+      wanted: bool, whether anybody wants log-probabilities.
+      until_one_ends: bool, end as soon as a row has ended, since another request waits for it.
+    Returns:
+      memory, the reasons [B] and the tokens.
+    """
+    B, layers = state.token_B.shape[0], list(zip(kinds(cfg), weights.layers, strict=True))
+    live_before = jnp.sum(state.reason_B == LIVE)
+
+    def step(carry: tuple[Array, Memory, State, Produced]) -> tuple[Array, Memory, State, Produced]:
+        i, memory, state, produced = carry
+        live_B = state.reason_B == LIVE
+        # Rows that ended all read the same token, so that they touch the same few experts.
+        tokens_B1 = jnp.where(live_B, state.token_B, 0)[:, None]
+        positions_B1 = jnp.where(live_B, state.position_B, -1)[:, None]
+        x_BTD, ctx = embed(cfg, weights.top, tokens_B1), _context(cfg, positions_B1)
+        for layer, (kind, variables) in enumerate(layers):
+            block = Block(cfg, kind, "absorbed")
+            at = jnp.int32(layer)
+            x_BTD, memory = _layer(cfg, block, sizes.pages, x_BTD, memory, variables, ctx, tables_BM, at)
+        hidden_BD = _final_norm(cfg, weights.top, x_BTD)[:, 0]
+        known_B = jax.lax.dynamic_index_in_dim(known_TB, i, keepdims=False)
+        state, new = _advance(cfg, sizes, weights.top, state, hidden_BD, known_B, options, eos_ids, wanted)
+        produced = jax.tree.map(lambda all_, one: all_.at[i].set(one), produced, new)
+        return i + 1, memory, state, produced
+
+    def go_on(carry: tuple[Array, Memory, State, Produced]) -> Array:
+        i, _, state, _ = carry
+        live = jnp.sum(state.reason_B == LIVE)
+        return (i < limit) & (live > 0) & ~(until_one_ends & (live < live_before))
+
+    logprobs = None
+    if sizes.logprobs is not None:
+        wide = (sizes.steps, B, sizes.logprobs)
+        logprobs = TokenLogprobs(jnp.zeros((sizes.steps, B)), jnp.zeros(wide, jnp.int32), jnp.zeros(wide))
+    empty = Produced(jnp.full((sizes.steps, B), NO_TOKEN, jnp.int32), logprobs)
+    start = (jnp.zeros((), jnp.int32), memory, state, empty)
+    _, memory, state, produced = jax.lax.while_loop(go_on, step, start)
+    return memory, state.reason_B, produced
 
 
 def _advance(
     cfg: ModelConfig,
-    vocab_limit: int,
-    count: int | None,
+    sizes: Sizes,
     top: Variables,
     state: State,
     hidden_BD: Array,
+    known_B: Array,
     options: RowOptions,
     eos_ids: Array,
+    wanted: Array,
 ) -> tuple[State, Produced]:
-    """Choose the next token of every live row from the hidden state of its last one."""
+    """Choose the next token of every live row from the hidden state of its last one, unless it is known."""
     logits_BV = _logits(cfg, top, hidden_BD[:, None])[:, 0]
     position_B = state.position_B + 1
-    token_B = sample(logits_BV, options, position_B, vocab_limit)
+    known = known_B != NO_TOKEN
+    token_B = jnp.where(known, known_B, sample(logits_BV, options, position_B, sizes.vocab_limit))
     live_B = state.reason_B == LIVE
     finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
-    ends_B = ends_row(token_B, options, eos_ids)
+    ends_B = ends_row(token_B, options, eos_ids) & ~known
     gives_B = live_B & finite_B & ~ends_B
     left_B = state.left_B - gives_B.astype(jnp.int32)
     reason_B = jnp.where(live_B & ends_B, STOP, state.reason_B)
     reason_B = jnp.where(gives_B & (left_B <= 0), LENGTH, reason_B)
     reason_B = jnp.where(live_B & ~finite_B, ERROR, reason_B)
     given_B = jnp.where(gives_B, token_B, NO_TOKEN)
-    logprobs = None if count is None else token_logprobs(logits_BV, given_B, count)
     new = State(
-        cache=state.cache,
         token_B=jnp.where(gives_B, token_B, state.token_B),
         position_B=jnp.where(gives_B, position_B, state.position_B),
         left_B=left_B,
         reason_B=reason_B,
     )
-    return new, Produced(given_B, logprobs)
+    return new, Produced(given_B, _logprobs(sizes.logprobs, logits_BV, given_B, wanted))
 
 
-def first(
+def _logprobs(count: int | None, logits_BV: Array, tokens_B: Array, wanted: Array) -> TokenLogprobs | None:
+    if count is None:
+        return None
+    wide = (tokens_B.shape[0], count)
+    return jax.lax.cond(
+        wanted,
+        lambda: token_logprobs(logits_BV, tokens_B, count),
+        lambda: TokenLogprobs(jnp.zeros(wide[0]), jnp.zeros(wide, jnp.int32), jnp.zeros(wide)),
+    )
+
+
+# --- the model ------------------------------------------------------------------------------------------------
+
+
+def _layer(
     cfg: ModelConfig,
-    vocab_limit: int,
-    count: int | None,
-    state: State,
-    top: Variables,
-    hidden_BD: Array,
-    options: RowOptions,
-    eos_ids: Array,
-) -> tuple[State, Produced]:
-    """The first new token of every row, from the last hidden states of the prompts; one step."""
-    state, produced = _advance(cfg, vocab_limit, count, top, state, hidden_BD, options, eos_ids)
-    return state, jax.tree.map(lambda x: x[None], produced)
+    block: Block,
+    pages: int,
+    x_BTD: Array,
+    memory: Memory,
+    variables: Variables,
+    ctx: Context,
+    tables_BM: Array,
+    layer: Array,
+) -> tuple[Array, Memory]:
+    cache = PagedCache(memory.latent_NPJ, memory.index_NPZ, tables_BM, pages)
+    (x_BTD, cache), routing = block.apply(variables, (x_BTD, cache), layer, ctx)
+    counts_LE = memory.counts_LE
+    if routing is not None and counts_LE is not None:
+        counts_LE = counts_LE.at[layer - cfg.num_dense_layers].add(routing.counts_E.astype(jnp.int32))
+    return x_BTD, Memory(cache.latent_NPJ, cache.index_NPZ, counts_LE)
 
 
-def decode(
-    cfg: ModelConfig,
-    vocab_limit: int,
-    count: int | None,
-    steps: int,
-    state: State,
-    weights: Weights,
-    options: RowOptions,
-    eos_ids: Array,
-    stopped_B: Array,
-    limit: Array,
-) -> tuple[State, Produced]:
-    """Up to `limit` (at most `steps`) tokens for every live row; ends early when no row is left.
+def _context(cfg: ModelConfig, positions_BT: Array) -> Context:
+    return Context(rope_tables(cfg, positions_BT), positions_BT, None, positions_BT >= 0)
 
-    Args:
-      state: donated.
-      stopped_B: bool, rows that the caller ended since the last call.
-    """
-    stopped_B &= state.reason_B == LIVE
-    state = dataclasses.replace(state, reason_B=jnp.where(stopped_B, STOP, state.reason_B))
-    B = stopped_B.shape[0]
 
-    def step(carry: tuple[Array, State, Produced]) -> tuple[Array, State, Produced]:
-        i, state, produced = carry
-        live_B = state.reason_B == LIVE
-        # Rows that ended all read the same token, so that they touch the same few experts.
-        tokens_B1 = jnp.where(live_B, state.token_B, 0)[:, None]
-        positions_B1 = jnp.where(live_B, state.position_B, -1)[:, None]
-        hidden_BTD, cache = _forward(cfg, weights, tokens_B1, positions_B1, state.cache)
-        state = dataclasses.replace(state, cache=cache)
-        state, new = _advance(cfg, vocab_limit, count, weights.top, state, hidden_BTD[:, 0], options, eos_ids)
-        produced = jax.tree.map(lambda all_, one: all_.at[i].set(one), produced, new)
-        return i + 1, state, produced
+def _final_norm(cfg: ModelConfig, top: Variables, x_BTD: Array) -> Array:
+    return rms_norm(x_BTD, top["params"]["final_norm_D"], cfg.rms_norm_eps)
 
-    def go_on(carry: tuple[Array, State, Produced]) -> Array:
-        i, state, _ = carry
-        return (i < limit) & jnp.any(state.reason_B == LIVE)
 
-    logprobs = None
-    if count is not None:
-        wide = (steps, B, count)
-        logprobs = TokenLogprobs(jnp.zeros((steps, B)), jnp.zeros(wide, jnp.int32), jnp.zeros(wide))
-    empty = Produced(jnp.full((steps, B), NO_TOKEN, jnp.int32), logprobs)
-    _, state, produced = jax.lax.while_loop(go_on, step, (jnp.zeros((), jnp.int32), state, empty))
-    return state, produced
+def _logits(cfg: ModelConfig, top: Variables, hidden: Array) -> Array:
+    logits = Transformer(cfg).apply(top, hidden, method="logits")
+    # What is asked of the logits later (log-probabilities or not) must not change how they are computed.
+    return jax.lax.optimization_barrier(logits)

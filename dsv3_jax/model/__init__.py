@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.cache import Cache, make_cache
+from dsv3_jax.model.cache import Cache, PagedCache, make_cache, make_pages
 from dsv3_jax.model.router import Routing, max_violation
 from dsv3_jax.model.transformer import MTPOutput, Output, Transformer
 
@@ -21,11 +21,13 @@ __all__ = [
     "Cache",
     "MTPOutput",
     "Output",
+    "PagedCache",
     "Routing",
     "Transformer",
     "abstract_variables",
     "init_variables",
     "make_cache",
+    "make_pages",
     "max_violation",
 ]
 

@@ -16,9 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.kernels.attention import attention
-from dsv3_jax.kernels.mla_decode import latent_attention, write_cache
-from dsv3_jax.model.cache import Cache
-from dsv3_jax.model.indexer import Indexer, select
+from dsv3_jax.kernels.mla_decode import (
+    latent_attention,
+    paged_index_scores,
+    paged_latent_attention,
+    write_cache,
+    write_pages,
+)
+from dsv3_jax.model.cache import Cache, PagedCache
+from dsv3_jax.model.indexer import Indexer, select, select_scored
 from dsv3_jax.model.module import Array, Module, einsum, part
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import rotate, softmax_scale
@@ -52,12 +58,13 @@ class Attention(Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, ctx: Context, cache: Cache | None, layer: Array
-    ) -> tuple[Array, Cache | None]:
+        self, x_BTD: Array, ctx: Context, cache: Cache | PagedCache | None, layer: Array
+    ) -> tuple[Array, Cache | PagedCache | None]:
         """[B, T, D] -> [B, T, D] and the cache with this layer's new tokens written.
 
         Without a cache, or in the expanded form, tokens attend to earlier tokens of this call (a cache must
-        then be empty before it). In the absorbed form they attend to the cache up to their own position.
+        then be empty before it). In the absorbed form they attend to the cache up to their own position. A cache in
+        pages has the absorbed form only.
         """
         cfg = self.cfg
         C, N = cfg.kv_lora_rank, cfg.qk_nope_head_dim
@@ -76,7 +83,9 @@ class Attention(Module):
             cache = _write(cache, layer, new_BTJ, None if index is None else index[2], ctx.positions_BT)
 
         kv_b_HWC = self.weight("kv_b", "HWC")
-        if cache is None or self.form == "expanded":
+        if isinstance(cache, PagedCache):
+            y_BTHU = self._paged(q_nope, q_rope, cache, layer, kv_b_HWC, index, ctx)
+        elif cache is None or self.form == "expanded":
             y_BTHU = self._expanded(q_nope, q_rope, new_BTJ, kv_b_HWC, index, ctx)
         else:
             y_BTHU = self._absorbed(q_nope, q_rope, cache, layer, kv_b_HWC, index, ctx)
@@ -129,8 +138,6 @@ class Attention(Module):
         ctx: Context,
     ) -> Array:
         cfg = self.cfg
-        C, N, W = cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.qk_nope_head_dim + cfg.v_head_dim
-        q_latent_BTHC = einsum("BTHN,HNC->BTHC", q_nope, part(kv_b_HWC, 1, 0, N))
         mask_BTS = None
         if index is not None and cache.index_LBSZ is not None:
             k_BSZ = jax.lax.dynamic_index_in_dim(cache.index_LBSZ, layer, keepdims=False)
@@ -138,21 +145,65 @@ class Attention(Module):
             visible_BTS = slots_S[None, None, :] <= ctx.positions_BT[:, :, None]
             mask_BTS = select(index[0], index[1], k_BSZ, visible_BTS, cfg.index_topk)
         y_BTHC = latent_attention(
-            jnp.concatenate([q_latent_BTHC, q_rope], axis=-1),
+            self._absorb(q_nope, q_rope, kv_b_HWC),
             cache.latent_LBSJ,
             layer,
             ctx.positions_BT,
-            value_dim=C,
+            value_dim=cfg.kv_lora_rank,
             scale=softmax_scale(cfg),
             mask_BTS=mask_BTS,
             implementation=self.kernels.latent_attention,
         )
-        return einsum("BTHC,HUC->BTHU", y_BTHC, part(kv_b_HWC, 1, N, W))
+        return self._values(y_BTHC, kv_b_HWC)
+
+    def _paged(
+        self,
+        q_nope: Array,
+        q_rope: Array,
+        cache: PagedCache,
+        layer: Array,
+        kv_b_HWC: Array,
+        index: tuple[Array, Array, Array] | None,
+        ctx: Context,
+    ) -> Array:
+        cfg = self.cfg
+        tables_BM = cache.tables_BM + layer * cache.pages
+        mask_BTS = None
+        slots = tables_BM.shape[1] * cache.latent_NPJ.shape[1]
+        if index is not None and cache.index_NPZ is not None and slots > cfg.index_topk:
+            scores_BTS = paged_index_scores(index[0], index[1], cache.index_NPZ, tables_BM, ctx.positions_BT)
+            visible_BTS = jnp.arange(slots)[None, None, :] <= ctx.positions_BT[:, :, None]
+            mask_BTS = select_scored(scores_BTS, visible_BTS, cfg.index_topk)
+        y_BTHC = paged_latent_attention(
+            self._absorb(q_nope, q_rope, kv_b_HWC),
+            cache.latent_NPJ,
+            tables_BM,
+            ctx.positions_BT,
+            value_dim=cfg.kv_lora_rank,
+            scale=softmax_scale(cfg),
+            mask_BTS=mask_BTS,
+        )
+        return self._values(y_BTHC, kv_b_HWC)
+
+    def _absorb(self, q_nope: Array, q_rope: Array, kv_b_HWC: Array) -> Array:
+        """Queries against the latent itself: the key up-projection folded in, then the rotated part."""
+        key_HNC = part(kv_b_HWC, 1, 0, self.cfg.qk_nope_head_dim)
+        return jnp.concatenate([einsum("BTHN,HNC->BTHC", q_nope, key_HNC), q_rope], axis=-1)
+
+    def _values(self, y_BTHC: Array, kv_b_HWC: Array) -> Array:
+        N = self.cfg.qk_nope_head_dim
+        return einsum("BTHC,HUC->BTHU", y_BTHC, part(kv_b_HWC, 1, N, N + self.cfg.v_head_dim))
 
 
 def _write(
-    cache: Cache, layer: Array, new_BTJ: Array, k_index_BTZ: Array | None, positions_BT: Array
-) -> Cache:
+    cache: Cache | PagedCache, layer: Array, new_BTJ: Array, k_index_BTZ: Array | None, positions_BT: Array
+) -> Cache | PagedCache:
+    if isinstance(cache, PagedCache):
+        tables_BM, keys = cache.tables_BM + layer * cache.pages, cache.index_NPZ
+        if keys is not None and k_index_BTZ is not None:
+            keys = write_pages(keys, k_index_BTZ, tables_BM, positions_BT)
+        latent = write_pages(cache.latent_NPJ, new_BTJ, tables_BM, positions_BT)
+        return cache.replace(latent_NPJ=latent, index_NPZ=keys)  # type: ignore[attr-defined]
     latent = write_cache(cache.latent_LBSJ, layer, new_BTJ.astype(cache.latent_LBSJ.dtype), positions_BT)
     index = cache.index_LBSZ
     if index is not None and k_index_BTZ is not None:

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.model.attention import Attention, Context, Form
-from dsv3_jax.model.cache import Cache
+from dsv3_jax.model.cache import Cache, PagedCache
 from dsv3_jax.model.experts import MoE
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.module import Array, Module
@@ -34,8 +34,8 @@ class Block(Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Cache | None], layer: Array, ctx: Context
-    ) -> tuple[tuple[Array, Cache | None], Routing | None]:
+        self, carry: tuple[Array, Cache | PagedCache | None], layer: Array, ctx: Context
+    ) -> tuple[tuple[Array, Cache | PagedCache | None], Routing | None]:
         """Scan body: carry is (x [B, T, D], cache); `layer` indexes the cache. Returns the routing of MoE layers."""
         x, cache = carry
         eps = self.cfg.rms_norm_eps

@@ -1,4 +1,7 @@
-"""The explicit latent cache: one array for all layers, carried through the layer scan and donated by callers."""
+"""The explicit latent cache: one array for all layers, carried through the layer scan and donated by callers.
+
+In one piece (`Cache`) or in pages (`PagedCache`).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,23 @@ class Cache:
     index_LBSZ: Array | None = None
 
 
+@struct.dataclass
+class PagedCache:
+    """Slot s of row b is `pages[layer * pages + tables[b, s // P], s % P]`, P the page's slots.
+
+    Attributes:
+      latent_NPJ: as `Cache.latent_LBSJ`, N = layers * pages.
+      index_NPZ: as `Cache.index_LBSZ`, or None.
+      tables_BM: int32 pages of each row of this call, not offset to a layer; valid ids past the live length too.
+      pages: of one layer.
+    """
+
+    latent_NPJ: Array
+    index_NPZ: Array | None
+    tables_BM: Array
+    pages: int = struct.field(pytree_node=False)
+
+
 def make_cache(
     cfg: ModelConfig, batch: int, slots: int, *, layers: int | None = None, dtype: str | None = None
 ) -> Cache:
@@ -36,3 +56,18 @@ def make_cache(
     latent = jnp.zeros((L, batch, slots, cfg.kv_lora_rank + cfg.qk_rope_head_dim), kind)
     index = jnp.zeros((L, batch, slots, cfg.index_head_dim), kind) if cfg.has_indexer else None
     return Cache(latent, index)
+
+
+def make_pages(
+    cfg: ModelConfig, pages: int, page_size: int, *, dtype: str | None = None
+) -> tuple[Array, Array | None]:
+    """Zeroed `latent_NPJ` and `index_NPZ` of a `PagedCache` for all layers of the main model.
+
+    Args:
+      pages: of one layer.
+      page_size: P, slots of a page.
+      dtype: storage type, by default the compute type.
+    """
+    N, kind = cfg.num_hidden_layers * pages, jnp.dtype(dtype or cfg.dtype)
+    latent = jnp.zeros((N, page_size, cfg.kv_lora_rank + cfg.qk_rope_head_dim), kind)
+    return latent, jnp.zeros((N, page_size, cfg.index_head_dim), kind) if cfg.has_indexer else None

@@ -10,7 +10,7 @@ from flax import struct
 from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.model.attention import Context, Form
 from dsv3_jax.model.block import Block, Remat, rematerialised, stack
-from dsv3_jax.model.cache import Cache
+from dsv3_jax.model.cache import Cache, PagedCache
 from dsv3_jax.model.module import Array, Module, einsum, rows
 from dsv3_jax.model.mtp import MTPLayer
 from dsv3_jax.model.norm import rms_norm
@@ -30,7 +30,7 @@ class Output:
     """
 
     hidden_BTD: Array
-    cache: Cache | None
+    cache: Cache | PagedCache | None
     routing: Routing | None
 
 
@@ -39,7 +39,7 @@ class MTPOutput:
     """What the multi-token module returns; the leading L is the depth."""
 
     hidden_LBTD: Array
-    cache: Cache | None
+    cache: Cache | PagedCache | None
     routing: Routing
 
 
@@ -87,7 +87,7 @@ class Transformer(Module):
         *,
         positions_BT: Array | None = None,
         segments_BT: Array | None = None,
-        cache: Cache | None = None,
+        cache: Cache | PagedCache | None = None,
         embeddings_BTD: Array | None = None,
     ) -> Output:
         """Run the main model.
@@ -131,7 +131,7 @@ class Transformer(Module):
         *,
         positions_BT: Array | None = None,
         segments_BT: Array | None = None,
-        cache: Cache | None = None,
+        cache: Cache | PagedCache | None = None,
     ) -> MTPOutput:
         """Run the multi-token module.
 

@@ -1,0 +1,114 @@
+"""From a plan to arrays: the calls of one step, enqueued on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flax import struct
+
+from dsv3_jax.inference import steps
+from dsv3_jax.inference.device import Device
+from dsv3_jax.inference.pages import NULL_PAGE
+from dsv3_jax.inference.sampling import TokenLogprobs
+from dsv3_jax.inference.scheduler import Plan, Sequence, Tile
+from dsv3_jax.inference.settings import EngineOptions
+from dsv3_jax.inference.table import RowTable
+
+
+@struct.dataclass
+class PromptsFound:
+    """What a call of tiles found.
+
+    Attributes:
+      finite_B: whether all of a tile is finite.
+      scored: log-probabilities of the tokens after each, and whether their logits are finite; None if nobody asked.
+      first: reasons and tokens of the rows whose prompt is complete; None without such rows.
+    """
+
+    finite_B: Any
+    scored: tuple[TokenLogprobs, Any] | None
+    first: tuple[Any, steps.Produced] | None
+
+
+@struct.dataclass
+class RowsFound:
+    """Reasons [B] and tokens of a decode call."""
+
+    reason_B: Any
+    produced: steps.Produced
+
+
+def starting(tiles: list[Tile]) -> list[Sequence]:
+    """Sequences whose first new token follows from these tiles."""
+    ends = [tile.sequence for tile in tiles if tile.stop == len(tile.sequence.prompt)]
+    return [sequence for sequence in ends if sequence.max_new and not sequence.new]
+
+
+def prefill(
+    device: Device, options: EngineOptions, table: RowTable, tiles: list[Tile], *, score: bool, wanted: bool
+) -> PromptsFound:
+    """Tiles of prompts, and the first new token of those that are complete.
+
+    Args:
+      score: whether any prompt's tokens are to be scored.
+      wanted: whether log-probabilities of new tokens are wanted.
+    """
+    shape = (options.prefill_tiles, options.tile)
+    tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    positions_BT = np.full(shape, -1, np.int32)
+    tables_BM = np.full((shape[0], device.table_width), NULL_PAGE, np.int32)
+    last_B, rows_B = np.zeros(shape[0], np.int32), np.full(shape[0], options.rows, np.int32)
+    for at, tile in enumerate(tiles):
+        prompt, count = tile.sequence.prompt, tile.stop - tile.start
+        tokens_BT[at, :count] = prompt[tile.start : tile.stop]
+        positions_BT[at, :count] = np.arange(tile.start, tile.stop)
+        tables_BM[at] = table.tables_BM[tile.sequence.row]
+        following = prompt[tile.start + 1 : tile.stop + 1]
+        targets_BT[at, : len(following)] = following
+        if tile.stop == len(prompt):
+            last_B[at], rows_B[at] = count - 1, tile.sequence.row
+    hidden_BTD, hidden_BD, finite_B = device.prefill(tokens_BT, positions_BT, tables_BM, last_B, rows_B)
+    scored = device.score(hidden_BTD, targets_BT) if score else None
+    first = None
+    if begin := starting(tiles):
+        state = _state(options.rows, begin)
+        for sequence in begin:
+            state.position_B[sequence.row] = len(sequence.prompt) - 1
+            state.left_B[sequence.row] = sequence.max_new
+        first = device.first(state, hidden_BD, table.options(), wanted)
+    return PromptsFound(finite_B, scored, first)
+
+
+def decode(
+    device: Device, options: EngineOptions, table: RowTable, plan: Plan, *, wanted: bool, until_one_ends: bool
+) -> RowsFound:
+    """The rows of a plan, each from its first token that is not in the pages."""
+    state = _state(options.rows, plan.decode)
+    known_TB = np.full((options.steps_per_call, options.rows), steps.NO_TOKEN, np.int32)
+    for sequence in plan.decode:
+        row, written = sequence.row, sequence.written
+        state.token_B[row] = sequence.new[written - len(sequence.prompt)]
+        state.position_B[row] = written
+        state.left_B[row] = sequence.left
+        if written + 1 < sequence.length:
+            known = sequence.known(written + 1, written + 1 + options.steps_per_call)
+            known_TB[: len(known), row] = known
+    found = device.decode(
+        state,
+        table.tables(),
+        known_TB,
+        table.options(),
+        wanted=wanted,
+        limit=plan.steps,
+        until_one_ends=until_one_ends,
+    )
+    return RowsFound(*found)
+
+
+def _state(rows: int, live: list[Sequence]) -> steps.State:
+    """Numpy arrays; only the given sequences are live."""
+    state = steps.State(*(np.zeros(rows, np.int32) for _ in range(4)))  # type: ignore[arg-type]
+    state.reason_B[:] = steps.STOP
+    state.reason_B[[sequence.row for sequence in live]] = steps.LIVE
+    return state

@@ -1,0 +1,102 @@
+"""Sizes of an engine: what its programs are compiled for and how much memory its pages take."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import ConfigError
+from dsv3_jax.inference.options import MAX_LOGPROBS
+
+GPU_SHARE = 0.85
+"""Of the memory that is free once the weights are loaded; the rest is for what programs compute in."""
+
+CPU_BYTES = 1 << 30
+"""Pages take no more of a CPU's memory, nor more than a quarter of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is compiled for. Two engines of equal options give a request the same bits."""
+
+    rows: int = 16
+    """Requests that decode together."""
+    page_size: int = 64
+    """Tokens of a page."""
+    pages: int | None = None
+    """Pages of the cache, one of them kept empty; by default what all rows need at full context, as far as memory
+    allows."""
+    context: int | None = None
+    """Tokens of a request, prompt and new ones, at most; by default the model's."""
+    prefill_tiles: int = 8
+    """Tiles of one prefill call."""
+    tile: int = 32
+    """Tokens of a tile, all of one prompt."""
+    prefix_cache: bool = True
+    """Keep pages of prompts for later prompts that begin alike, of the same tenant."""
+    steps_per_call: int = 16
+    """Tokens that a row may get between two looks of the host, where no prompt waits and no token is streamed."""
+    max_logprobs: int | None = 20
+    """Largest K of logprobs and prompt_logprobs; None: there are none, which saves compiling for them."""
+    cache_dtype: str | None = None
+    """Storage of the cache; by default the compute type, on the CPU float32 (a 16-bit cache is converted as a whole
+    in every layer there)."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("rows", 1, 4096),
+            ("page_size", 1, 65536),
+            ("pages", 2, 2**31 - 1),
+            ("context", 1, 2**31 - 1),
+            ("prefill_tiles", 1, 65536),
+            ("tile", 1, 65536),
+            ("steps_per_call", 1, 1024),
+            ("max_logprobs", 0, MAX_LOGPROBS),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{name.replace('_', '-')} is {value}; expected {low} to {high}")
+
+
+def resolve(options: EngineOptions, cfg: ModelConfig) -> EngineOptions:
+    """`options` with every default filled in for this model and the memory that is free now.
+
+    Raises ConfigError when not even one page fits, or the pages are too few for one token.
+    """
+    context = min(options.context or cfg.max_position_embeddings, cfg.max_position_embeddings)
+    dtype = options.cache_dtype or ("float32" if jax.default_backend() == "cpu" else cfg.dtype)
+    pages = options.pages
+    if pages is None:
+        wanted = options.rows * pages_of(context, options.page_size) + 1
+        page_bytes = token_bytes(cfg, dtype) * options.page_size
+        pages = min(wanted, free_bytes() // page_bytes, (2**31 - 1) // cfg.num_hidden_layers)
+        if pages < 2:
+            raise ConfigError(
+                f"no memory for the cache: a page of {options.page_size} tokens takes {page_bytes:,} bytes and "
+                f"{free_bytes():,} may be used; two are needed at least"
+            )
+    return dataclasses.replace(options, context=context, cache_dtype=dtype, pages=pages)
+
+
+def pages_of(tokens: int, page_size: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // page_size)
+
+
+def token_bytes(cfg: ModelConfig, dtype: str) -> int:
+    """Bytes of the cache for a token, all layers."""
+    columns = cfg.kv_lora_rank + cfg.qk_rope_head_dim + (cfg.index_head_dim if cfg.has_indexer else 0)
+    return int(cfg.num_hidden_layers * columns * jnp.dtype(dtype).itemsize)
+
+
+def free_bytes() -> int:
+    """Bytes that pages may take on the default device."""
+    if jax.default_backend() == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(CPU_BYTES, memory // 4)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(GPU_SHARE * (stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)))

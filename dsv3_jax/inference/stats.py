@@ -1,0 +1,55 @@
+"""The engine's counts."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counts and seconds since the engine was made, compiling apart; and how things stand now.
+
+    Attributes:
+      running, waiting: requests now.
+      pages_used, pages_cached, pages_total: pages with an owner, pages kept for their content alone, and all.
+      prefix_hit_tokens: prompt tokens that the prefix cache saved.
+      preemptions: how often a request gave its pages up.
+      drafted, accepted: tokens of speculative decoding.
+      first_token_seconds: from admission to the first token, of the latest requests.
+    """
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_calls: int = 0
+    compile_seconds: float = 0.0
+    programs: int = 0
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    pages_total: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    first_token_seconds: collections.deque[float] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=4096)
+    )
+
+    @contextlib.contextmanager
+    def timed(self, phase: Literal["prefill", "decode"]) -> Iterator[None]:
+        """Add the seconds of a block to a phase."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        if phase == "prefill":
+            self.prefill_seconds += seconds
+        else:
+            self.decode_seconds += seconds
