@@ -71,6 +71,10 @@ class Flags:
     """The same for the prompt's tokens."""
     batch_size: int | None = None
     """Rows decoded together; 16 for a file, 1 for --prompt."""
+    page_size: int = 64
+    """Tokens of a page of the cache."""
+    pages: int | None = None
+    """Pages of the cache; by default what the rows can need, as far as memory allows."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
     ignore_eos: bool = False
@@ -106,7 +110,7 @@ def main() -> int:
 
     sampling = Sampling(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Sampling)})
     batch_size = flags.batch_size if flags.batch_size is not None else 16 if flags.input else 1
-    job = Job(flags.checkpoint, sampling, batch_size, flags.dtype, flags.force)
+    job = Job(flags.checkpoint, sampling, batch_size, flags.dtype, flags.force, flags.page_size, flags.pages)
     if flags.input is not None and flags.output is not None:
         return run_file(job, flags.input, flags.output)
     assert flags.prompt is not None

@@ -29,11 +29,11 @@ from benchmarks.common import environment, interleave, paired_ratio, write  # no
 from dsv3_jax.checkpoint.source import open_source  # noqa: E402
 from dsv3_jax.config import TrainingConfig  # noqa: E402
 from dsv3_jax.inference import steps  # noqa: E402
-from dsv3_jax.inference.engine import prefill  # noqa: E402
-from dsv3_jax.inference.programs import Programs, Stats  # noqa: E402
-from dsv3_jax.inference.sampling import RowOptions  # noqa: E402
+from dsv3_jax.inference.device import Device  # noqa: E402
+from dsv3_jax.inference.settings import EngineOptions, pages_of  # noqa: E402
+from dsv3_jax.inference.table import RowTable  # noqa: E402
 from dsv3_jax.inference.weights import unstack_layers  # noqa: E402
-from dsv3_jax.model import Transformer, abstract_variables, make_cache  # noqa: E402
+from dsv3_jax.model import Transformer, abstract_variables  # noqa: E402
 from dsv3_jax.training.losses import loss_fn  # noqa: E402
 
 SHAPE = dict(
@@ -64,6 +64,7 @@ ATTENTION = ("sdpa", "eager")
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 TRAIN_SHAPE, PREFILL_SHAPE = (4, 512), (4, 512)
 PROMPT, NEW_TOKENS = 256, 16
+PAGE, TILE = 64, 64
 
 Run = Callable[[], None]
 
@@ -77,7 +78,6 @@ class Ours:
         self.variables = jax.tree.map(jnp.asarray, source.load("float32"))
         self.model = Transformer(self.cfg)
         self.weights = unstack_layers(self.cfg, self.variables)
-        self.programs = Programs(Stats())
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         def run(variables: Any, tokens: jax.Array) -> jax.Array:
@@ -103,49 +103,63 @@ class Ours:
 
         return lambda: jax.block_until_ready(gradients(params))
 
-    def _fill(self, tokens: np.ndarray, slots: int) -> tuple[Any, jax.Array]:
-        """The engine's prefill of whole prompts into an empty cache."""
-        B, T = tokens.shape
-        cache, hidden_BD, _ = prefill(
-            self.programs,
-            self.cfg,
-            self.weights,
-            make_cache(self.cfg, B, slots),
-            jnp.zeros((B, self.cfg.hidden_size)),
-            tokens.astype(np.int32),
-            np.full(B, T, np.int32),
-            np.arange(B, dtype=np.int32),
+    def _device(self, batch: int, length: int) -> tuple[Device, np.ndarray]:
+        """The engine's programs for a batch of prompts of one length, and the pages of each row."""
+        pages = pages_of(length + 2 * NEW_TOKENS, PAGE)
+        options = EngineOptions(
+            rows=batch,
+            page_size=PAGE,
+            pages=batch * pages + 1,
+            context=pages * PAGE,
+            prefill_tiles=batch * length // TILE,
+            tile=TILE,
+            steps_per_call=NEW_TOKENS,
+            max_logprobs=None,
+            cache_dtype="float32",
         )
-        return cache, hidden_BD
+        device = Device(self.cfg, self.weights, options, eos_ids=[], vocab_limit=self.cfg.vocab_size)
+        return device, 1 + np.arange(batch * pages, dtype=np.int32).reshape(batch, pages)
+
+    def _fill(self, device: Device, tables_BM: np.ndarray, tokens: np.ndarray) -> tuple[jax.Array, ...]:
+        """One prefill call over whole prompts."""
+        B, T = tokens.shape
+        tiles, last = T // TILE, np.arange(1, 1 + B * T // TILE) % (T // TILE) == 0
+        return device.prefill(
+            tokens.reshape(-1, TILE).astype(np.int32),
+            np.tile(np.arange(T, dtype=np.int32).reshape(-1, TILE), (B, 1)),
+            np.repeat(tables_BM, tiles, axis=0),
+            np.full(B * tiles, TILE - 1, np.int32),
+            np.where(last, np.arange(B * tiles) // tiles, B).astype(np.int32),
+        )
 
     def prefill(self, tokens: np.ndarray) -> Run:
         head = jax.jit(lambda top, hidden_BD: self.model.apply(top, hidden_BD[:, None], method="logits"))
+        device, tables_BM = self._device(*tokens.shape)
 
         def run() -> None:
-            cache, hidden_BD = self._fill(tokens, tokens.shape[1])
-            jax.block_until_ready((cache, head(self.weights.top, hidden_BD)))
+            _, hidden_BD, _ = self._fill(device, tables_BM, tokens)
+            jax.block_until_ready(head(self.weights.top, hidden_BD))
 
         return run
 
     def decode(self, tokens: np.ndarray) -> Run:
         """NEW_TOKENS greedy steps of the engine from a filled cache, always from the same position."""
         B, T = tokens.shape
-        cache, _ = self._fill(tokens, 512)
-        static = (self.cfg, self.cfg.vocab_size, None, NEW_TOKENS)
-        options, eos = greedy(B), jnp.full((1,), -2, jnp.int32)
+        device, tables_BM = self._device(B, T)
+        self._fill(device, tables_BM, tokens)
+        state = steps.State(
+            token_B=tokens[:, -1].astype(np.int32),
+            position_B=np.full(B, T - 1, np.int32),
+            left_B=np.full(B, 10 * NEW_TOKENS, np.int32),
+            reason_B=np.full(B, steps.LIVE, np.int32),
+        )
+        known_TB = np.full((NEW_TOKENS, B), steps.NO_TOKEN, np.int32)
+        options, tables = RowTable(B, tables_BM.shape[1]).options(), jnp.asarray(tables_BM)
 
         def run() -> None:
-            nonlocal cache
-            state = steps.State(
-                cache=cache,
-                token_B=jnp.asarray(tokens[:, -1], jnp.int32),
-                position_B=jnp.full((B,), T - 1, jnp.int32),
-                left_B=jnp.full((B,), 10 * NEW_TOKENS, jnp.int32),
-                reason_B=jnp.full((B,), steps.LIVE, jnp.int32),
+            _, produced = device.decode(
+                state, tables, known_TB, options, wanted=False, limit=NEW_TOKENS, until_one_ends=False
             )
-            args = (state, self.weights, options, eos, jnp.zeros((B,), bool), jnp.int32(NEW_TOKENS))
-            state, produced = self.programs.run(steps.decode, static, args, (0,))
-            cache = jax.block_until_ready(state.cache)
             assert int((produced.token_TB >= 0).sum()) == NEW_TOKENS * B, "a row ended early"
 
         return run
@@ -199,19 +213,6 @@ class Theirs:
             cache.crop(-NEW_TOKENS)
 
         return run
-
-
-def greedy(batch: int) -> RowOptions:
-    """Row options of plain greedy decoding that never stops."""
-    fields = {
-        "key_B2": jnp.zeros((batch, 2), jnp.uint32),
-        "temperature_B": jnp.zeros((batch,)),
-        "top_p_B": jnp.ones((batch,)),
-        "top_k_B": jnp.zeros((batch,), jnp.int32),
-        "min_p_B": jnp.zeros((batch,)),
-        "stop_at_eos_B": jnp.zeros((batch,), bool),
-    }
-    return RowOptions(**fields)
 
 
 def make_model(folder: Path) -> None:

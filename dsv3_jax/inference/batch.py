@@ -19,10 +19,10 @@ from dsv3_jax.inference.inputs import Line, PromptReader, check_top, parser_of
 from dsv3_jax.inference.load import OpenedModel, open_model
 from dsv3_jax.inference.options import Sampling, check, check_ids
 from dsv3_jax.inference.partial import PartialFile, prompt_hash
-from dsv3_jax.inference.programs import Stats
 from dsv3_jax.inference.progress import Progress, summary
 from dsv3_jax.inference.requests import Request, Result
-from dsv3_jax.inference.steps import MOST_STEPS
+from dsv3_jax.inference.settings import EngineOptions, context_of
+from dsv3_jax.inference.stats import Stats
 from dsv3_jax.text import StopChecker, StreamDecoder, Tokenizer
 
 _NOT_SHOWN = ("logprobs", "prompt_logprobs")
@@ -38,11 +38,16 @@ class Job:
     batch_size: int = 16
     dtype: str | None = None
     force: bool = False
+    page_size: int = EngineOptions.page_size
+    pages: int | None = None
 
     def __post_init__(self) -> None:
         check(self.sampling, ConfigError, "--", dash=True)
-        if not 1 <= self.batch_size <= 4096:
-            raise ConfigError(f"--batch-size is {self.batch_size}; expected 1 to 4096")
+        for flag, value in (("batch-size", self.batch_size), ("page-size", self.page_size)):
+            if not 1 <= value <= 4096:
+                raise ConfigError(f"--{flag} is {value}; expected 1 to 4096")
+        if self.pages is not None and self.pages < 2:
+            raise ConfigError(f"--pages is {self.pages}; expected 2 or more")
 
     def open(self) -> OpenedModel:
         """The model, without its weights; notes go to stderr."""
@@ -53,15 +58,24 @@ class Job:
         check_ids(self.sampling, model.cfg.vocab_size, ConfigError, "--", dash=True)
         return model
 
-    def engine(self, model: OpenedModel, steps_per_call: int = MOST_STEPS) -> Engine:
-        """The engine, with the weights on the device."""
+    def engine(
+        self, model: OpenedModel, requests: list[Request], steps_per_call: int | None = None
+    ) -> Engine:
+        """An engine of the size that these requests need, with the weights on the device."""
+        samplings = [request.sampling for request in requests]
+        counts = [n for s in samplings for n in (s.logprobs, s.prompt_logprobs) if n is not None]
+        longest = max(len(request.ids) + request.sampling.max_new_tokens for request in requests)
+        options = EngineOptions(
+            rows=self.batch_size,
+            page_size=self.page_size,
+            pages=self.pages,
+            context=context_of(longest, model.cfg),
+            steps_per_call=steps_per_call or EngineOptions.steps_per_call,
+            max_logprobs=max(counts, default=None),
+        )
+        weights = model.load()
         return Engine(
-            model.cfg,
-            model.load(),
-            batch_size=self.batch_size,
-            eos_ids=model.eos_ids,
-            vocab_limit=model.vocab_limit,
-            steps_per_call=steps_per_call,
+            model.cfg, weights, options=options, eos_ids=model.eos_ids, vocab_limit=model.vocab_limit
         )
 
 
@@ -148,7 +162,7 @@ def _decode(
     hashes: dict[int, str],
     partial: PartialFile,
 ) -> Stats:
-    engine = job.engine(model)
+    engine = job.engine(model, todo)
     watches: dict[int, TextWatch] = {}
 
     def watch(request: Request, ids: list[int]) -> int | None:
@@ -217,6 +231,7 @@ def _fingerprint(job: Job, model: OpenedModel, source: Path) -> dict[str, Any]:
             "stop_token_ids": list(job.sampling.stop_token_ids),
             "logit_bias": [list(pair) for pair in job.sampling.logit_bias],
             "batch_size": job.batch_size,
+            "page_size": job.page_size,
             "dtype": model.cfg.dtype,
         },
         "software": [dsv3_jax.__version__, jax.__version__, jax.default_backend()],
@@ -242,10 +257,9 @@ def run_prompt(job: Job, text: str, write: Callable[[str], Any]) -> int:
         shown = len(watch.pieces)
         return keep
 
-    engine = job.engine(model, steps_per_call=4)
-    (result,) = [
-        result for found in engine.run([Request(np.asarray(ids), job.sampling)], show) for result in found
-    ]
+    request = Request(np.asarray(ids), job.sampling)
+    engine = job.engine(model, [request], steps_per_call=4)
+    (result,) = [result for found in engine.run([request], show) for result in found]
     watch.finish()
     write("".join(watch.pieces[shown:]) + "\n")
     if result.error is not None:

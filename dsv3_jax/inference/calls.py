@@ -108,7 +108,7 @@ def decode(
 
 def _state(rows: int, live: list[Sequence]) -> steps.State:
     """Numpy arrays; only the given sequences are live."""
-    state = steps.State(*(np.zeros(rows, np.int32) for _ in range(4)))  # type: ignore[arg-type]
+    state = steps.State(*(np.zeros(rows, np.int32) for _ in range(4)))
     state.reason_B[:] = steps.STOP
     state.reason_B[[sequence.row for sequence in live]] = steps.LIVE
     return state

@@ -68,8 +68,8 @@ class Device:
         build = self.programs.compile
         result = {"embed": build(steps.embed, (cfg,), (weights.top, tokens_BT))}
         for kind, variables in dict(zip(kinds(cfg), weights.layers, strict=True)).items():
-            args = (x_BTD, self._memory, variables, tokens_BT, tables_BM, number)
-            result[kind] = build(steps.prompt_layer, (cfg, kind, sizes.pages), args, (0, 1))
+            one = (x_BTD, self._memory, variables, tokens_BT, tables_BM, number)
+            result[kind] = build(steps.prompt_layer, (cfg, kind, sizes.pages), one, (0, 1))
         end = (weights.top, x_BTD, tokens_BT, _shape((tiles,)), _shape((tiles,)))
         result["end"] = build(steps.prompt_end, (cfg, rows), end)
         begin = (state, weights.top, hidden_BD, row_options, self._eos_ids, flag)
@@ -88,8 +88,8 @@ class Device:
         )
         result["decode"] = build(steps.decode, (cfg, sizes), more, (0,))
         if sizes.logprobs is not None:
-            args = (weights.top, x_BTD, tokens_BT)
-            result["score"] = build(steps.score, (cfg, sizes.logprobs, steps.SCORE_FLOATS), args)
+            scored = (weights.top, x_BTD, tokens_BT)
+            result["score"] = build(steps.score, (cfg, sizes.logprobs, steps.SCORE_FLOATS), scored)
         return result
 
     def compile(self) -> None:

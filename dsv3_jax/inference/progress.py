@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from types import TracebackType
@@ -9,7 +10,7 @@ from types import TracebackType
 import rich.console
 import rich.progress
 
-from dsv3_jax.inference.programs import Stats
+from dsv3_jax.inference.stats import Stats
 
 PLAIN_SECONDS = 10.0
 """Between two plain lines."""
@@ -65,15 +66,17 @@ class Progress:
 
 
 def summary(stats: Stats) -> str:
-    """One line: tokens a second of prefill and decode, compiling apart."""
+    """One line: tokens a second of prefill and decode, the median time to a first token, compiling apart."""
 
     def rate(tokens: int, seconds: float) -> str:
         return (
             f"{tokens:,} tokens at {tokens / seconds:,.1f} tokens/s" if tokens and seconds > 0 else "nothing"
         )
 
+    waits = stats.first_token_seconds
+    first = f"first token after {statistics.median(waits):.2f} s, " if waits else ""
     return (
         f"prefill {rate(stats.prefill_tokens, stats.prefill_seconds)}, "
         f"decode {rate(stats.decode_tokens, stats.decode_seconds)}, "
-        f"compiling {stats.compile_seconds:.1f} s ({stats.programs} programs)"
+        f"{first}compiling {stats.compile_seconds:.1f} s ({stats.programs} programs)"
     )

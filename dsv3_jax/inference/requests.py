@@ -15,6 +15,7 @@ from dsv3_jax.inference.sampling import TokenLogprobs
 
 Entry = dict[str, Any]
 
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A prompt as token ids and how to continue it.

@@ -82,6 +82,11 @@ def resolve(options: EngineOptions, cfg: ModelConfig) -> EngineOptions:
     return dataclasses.replace(options, context=context, cache_dtype=dtype, pages=pages)
 
 
+def context_of(longest: int, cfg: ModelConfig) -> int:
+    """Context for requests of up to `longest` tokens: 256, 512, 1024, ..., so that programs are few, or the model's."""
+    return min(max(256, 1 << (longest - 1).bit_length()), cfg.max_position_embeddings)
+
+
 def pages_of(tokens: int, page_size: int) -> int:
     """Pages that hold so many tokens."""
     return -(-tokens // page_size)

@@ -127,7 +127,13 @@ def prompt_layer(
 
 
 def prompt_end(
-    cfg: ModelConfig, height: int, top: Variables, x_BTD: Array, positions_BT: Array, last_B: Array, rows_B: Array
+    cfg: ModelConfig,
+    height: int,
+    top: Variables,
+    x_BTD: Array,
+    positions_BT: Array,
+    last_B: Array,
+    rows_B: Array,
 ) -> tuple[Array, Array, Array]:
     """The final norm: hidden states [B, T, D] of the tiles, those of the last prompt tokens by row, and what is sound.
 

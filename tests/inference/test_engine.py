@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.errors import DataError
-from dsv3_jax.inference import Engine, Request, Sampling, steps
+from dsv3_jax.inference import Engine, EngineOptions, Request, Sampling, steps
 from dsv3_jax.inference.weights import unstack_layers
 from dsv3_jax.model import init_variables
 from tests.inference import tiny
@@ -25,7 +25,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return tiny.engine("v3", steps_per_call=5)
+    return tiny.engine("v3")
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def test_greedy_is_that_of_the_model_without_a_cache(family: str) -> None:
 
 def test_tokens_and_logprobs_do_not_depend_on_neighbours_or_order(family: str) -> None:
     engine, rng = tiny.engine(family), random.Random(3)
-    lengths = [1, 9, 30, 40, 60] if family == "v3" else [1, 9, 20, 32]  # v3: two prompt buckets
+    lengths = [1, 9, 30, 40, 60]
     requests = [
         Request(
             tiny.prompt(rng.choice(lengths), at),
@@ -75,7 +75,7 @@ def test_tokens_and_logprobs_do_not_depend_on_neighbours_or_order(family: str) -
 def test_other_options_and_lengths_need_no_other_program(engine: Engine) -> None:
     first = [Request(tiny.prompt(5), Sampling(max_new_tokens=9, logprobs=2), 0)]
     tiny.finish(engine, first)
-    programs = engine.stats.programs
+    compiled = engine.stats.programs
     others = [
         Request(
             tiny.prompt(3 + at),
@@ -85,7 +85,7 @@ def test_other_options_and_lengths_need_no_other_program(engine: Engine) -> None
         for at in range(5)
     ]
     tiny.finish(engine, others)
-    assert engine.stats.programs == programs
+    assert engine.stats.programs == compiled
 
 
 def test_seed_prompt_and_position_give_the_draw(engine: Engine) -> None:
@@ -145,9 +145,12 @@ def test_logprobs_are_of_the_raw_logits(engine: Engine) -> None:
 
 @pytest.mark.parametrize("new", [0, 3])
 def test_prompt_logprobs_score_every_token_given_those_before(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, new: int
+    monkeypatch: pytest.MonkeyPatch, new: int
 ) -> None:
-    monkeypatch.setattr(steps, "SCORE_FLOATS", 4 * 270 * 5)  # chunks of 5 tokens, the last one shorter
+    monkeypatch.setattr(
+        steps, "SCORE_FLOATS", 4 * 270 * 5
+    )  # chunks of 5 of a tile's 8 tokens, the last shorter
+    engine = tiny.engine("v3")
     prompts = [tiny.prompt(32), tiny.prompt(1), tiny.prompt(20)]
     requests = [
         Request(ids, Sampling(new, logprobs=2, prompt_logprobs=at, ignore_eos=True), at)
@@ -224,7 +227,8 @@ def test_weights_are_cast_once_and_routing_stays_float32() -> None:
 
 def test_bfloat16_decodes_whatever_the_neighbours() -> None:
     cfg = dataclasses.replace(tiny.V3, dtype="bfloat16", n_routed_experts=0, num_hidden_layers=1)
-    engine = Engine(cfg, init_variables(cfg, jax.random.key(0)), batch_size=3)
+    options = EngineOptions(rows=3, page_size=16, prefill_tiles=3, tile=8, max_logprobs=2)
+    engine = Engine(cfg, init_variables(cfg, jax.random.key(0)), options=options)
     sampling = Sampling(max_new_tokens=10, temperature=0.7, ignore_eos=True, logprobs=2)
     requests = [Request(tiny.prompt(10 + at), sampling, at) for at in range(3)]
     together = tiny.finish(engine, requests)

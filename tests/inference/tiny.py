@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv3_jax.checkpoint import save_checkpoint
 from dsv3_jax.config import ModelConfig, RopeScaling
-from dsv3_jax.inference import Engine, Request, Result
+from dsv3_jax.inference import Engine, EngineOptions, Request, Result
 from dsv3_jax.model import Transformer, init_variables
 from dsv3_jax.text import Tokenizer
 
@@ -70,12 +70,19 @@ VOCAB_LIMIT = 258
 """Ids of the byte tokenizer; the models have a few more, which are never chosen."""
 
 
+OPTIONS = EngineOptions(rows=4, page_size=16, prefill_tiles=4, tile=8, max_logprobs=2)
+"""Small pages and tiles, so that short prompts have several of each."""
+
+
 def engine(name: str, tree: dict[str, Any] | None = None, **options: Any) -> Engine:
-    """An engine of batch size 4; all engines of one model share their compiled programs."""
+    """An engine of four rows; all engines of one model and one set of options share their compiled programs."""
+    eos_ids = options.pop("eos_ids", V3.eos_token_id)
     return Engine(
         CONFIGS[name],
         tree or variables(name),
-        **{"batch_size": 4, "eos_ids": V3.eos_token_id, "vocab_limit": VOCAB_LIMIT, **options},
+        options=dataclasses.replace(OPTIONS, **options),
+        eos_ids=eos_ids,
+        vocab_limit=VOCAB_LIMIT,
     )
 
 
