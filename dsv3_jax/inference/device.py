@@ -15,6 +15,7 @@ from dsv3_jax.inference import steps
 from dsv3_jax.inference.programs import Programs
 from dsv3_jax.inference.sampling import RowOptions, TokenLogprobs
 from dsv3_jax.inference.settings import EngineOptions, pages_of
+from dsv3_jax.inference.table import RowTable
 from dsv3_jax.inference.weights import Weights, kinds
 from dsv3_jax.model import make_pages
 
@@ -43,7 +44,9 @@ class Device:
         self._cfg, self._weights, self._options = cfg, weights, options
         # An id that no token has keeps the array's shape legal when nothing ends a row.
         self._eos_ids = jax.device_put(np.asarray(sorted(set(eos_ids)) or [-2], np.int32))
-        self._sizes = steps.Sizes(options.pages, vocab_limit, options.max_logprobs, options.steps_per_call)
+        self._sizes = steps.Sizes(
+            options.pages, vocab_limit, options.max_logprobs, options.steps_per_call, options.kernels
+        )
         self._layers = [jax.device_put(np.int32(layer)) for layer in range(cfg.num_hidden_layers)]
         self._memory = jax.jit(functools.partial(_make_memory, cfg, options))()
 
@@ -57,19 +60,12 @@ class Device:
         tokens_BT, tables_BM = _shape((tiles, tile)), _shape((tiles, width))
         state = steps.State(*[_shape((rows,))] * 4)
         flag, number = _shape((), bool), _shape(())
-        row_options = RowOptions(
-            key_B2=_shape((rows, 2), "uint32"),
-            temperature_B=_shape((rows,), "float32"),
-            top_k_B=_shape((rows,)),
-            top_p_B=_shape((rows,), "float32"),
-            min_p_B=_shape((rows,), "float32"),
-            stop_at_eos_B=_shape((rows,), bool),
-        )
+        row_options = RowTable(rows, width).options()
         build = self.programs.compile
         result = {"embed": build(steps.embed, (cfg,), (weights.top, tokens_BT))}
         for kind, variables in dict(zip(kinds(cfg), weights.layers, strict=True)).items():
             one = (x_BTD, self._memory, variables, tokens_BT, tables_BM, number)
-            result[kind] = build(steps.prompt_layer, (cfg, kind, sizes.pages), one, (0, 1))
+            result[kind] = build(steps.prompt_layer, (cfg, kind, sizes), one, (0, 1))
         end = (weights.top, x_BTD, tokens_BT, _shape((tiles,)), _shape((tiles,)))
         result["end"] = build(steps.prompt_end, (cfg, rows), end)
         begin = (state, weights.top, hidden_BD, row_options, self._eos_ids, flag)

@@ -24,6 +24,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import DataError
 from dsv3_jax.inference import calls, run, steps
+from dsv3_jax.inference.adjustments import needs_adjusting
 from dsv3_jax.inference.device import Device
 from dsv3_jax.inference.pages import PagePool
 from dsv3_jax.inference.requests import Entry, Request, Result, Update, check_prompt, entry
@@ -143,6 +144,8 @@ class Engine:
             count = getattr(sampling, name)
             if count is not None and (options.max_logprobs is None or count > options.max_logprobs):
                 raise DataError(f"{name} is {count}; this engine gives {options.max_logprobs} at most")
+        if needs_adjusting(sampling):
+            raise DataError("penalties, logit_bias and min_tokens are not supported by this engine")
         ids = np.asarray(request.ids, np.int32)
         if not self.scheduler.fits(len(ids), sampling.max_new_tokens):
             raise DataError(

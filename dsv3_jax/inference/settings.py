@@ -8,7 +8,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import AUTO_KERNELS, Kernels, ModelConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.inference.options import MAX_LOGPROBS
 
@@ -45,6 +45,8 @@ class EngineOptions:
     cache_dtype: str | None = None
     """Storage of the cache; by default the compute type, on the CPU float32 (a 16-bit cache is converted as a whole
     in every layer there)."""
+    kernels: Kernels = AUTO_KERNELS
+    """Which implementation computes each kernel."""
 
     def __post_init__(self) -> None:
         for name, low, high in (

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import AUTO_KERNELS, Kernels, ModelConfig
 from dsv3_jax.inference.sampling import RowOptions, TokenLogprobs, ends_row, sample, token_logprobs
 from dsv3_jax.inference.weights import Weights, kinds
 from dsv3_jax.model import PagedCache, Transformer
@@ -83,12 +83,14 @@ class Sizes:
       vocab_limit: ids from here on are never chosen.
       logprobs: how many of the likeliest ids a log-probability may come with; None: there are none to be had.
       steps: tokens that a decode call may give a row.
+      kernels: which implementation computes each kernel.
     """
 
     pages: int
     vocab_limit: int
     logprobs: int | None
     steps: int
+    kernels: Kernels = AUTO_KERNELS
 
 
 # --- prompts --------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ def embed(cfg: ModelConfig, top: Variables, tokens_BT: Array) -> Array:
 def prompt_layer(
     cfg: ModelConfig,
     kind: str,
-    pages: int,
+    sizes: Sizes,
     x_BTD: Array,
     memory: Memory,
     variables: Variables,
@@ -117,13 +119,11 @@ def prompt_layer(
 
     Args:
       kind: "dense" or "moe".
-      pages: of one layer.
       x_BTD, memory: donated.
       positions_BT: position of each token in its prompt, negative for padding.
       tables_BM: pages of each tile's prompt.
     """
-    block = Block(cfg, kind, "absorbed")
-    return _layer(cfg, block, pages, x_BTD, memory, variables, _context(cfg, positions_BT), tables_BM, layer)
+    return _layer(cfg, kind, sizes, x_BTD, memory, variables, _context(cfg, positions_BT), tables_BM, layer)
 
 
 def prompt_end(
@@ -237,9 +237,8 @@ def decode(
         positions_B1 = jnp.where(live_B, state.position_B, -1)[:, None]
         x_BTD, ctx = embed(cfg, weights.top, tokens_B1), _context(cfg, positions_B1)
         for layer, (kind, variables) in enumerate(layers):
-            block = Block(cfg, kind, "absorbed")
             at = jnp.int32(layer)
-            x_BTD, memory = _layer(cfg, block, sizes.pages, x_BTD, memory, variables, ctx, tables_BM, at)
+            x_BTD, memory = _layer(cfg, kind, sizes, x_BTD, memory, variables, ctx, tables_BM, at)
         hidden_BD = _final_norm(cfg, weights.top, x_BTD)[:, 0]
         known_B = jax.lax.dynamic_index_in_dim(known_TB, i, keepdims=False)
         state, new = _advance(cfg, sizes, weights.top, state, hidden_BD, known_B, options, eos_ids, wanted)
@@ -311,8 +310,8 @@ def _logprobs(count: int | None, logits_BV: Array, tokens_B: Array, wanted: Arra
 
 def _layer(
     cfg: ModelConfig,
-    block: Block,
-    pages: int,
+    kind: str,
+    sizes: Sizes,
     x_BTD: Array,
     memory: Memory,
     variables: Variables,
@@ -320,7 +319,8 @@ def _layer(
     tables_BM: Array,
     layer: Array,
 ) -> tuple[Array, Memory]:
-    cache = PagedCache(memory.latent_NPJ, memory.index_NPZ, tables_BM, pages)
+    cache = PagedCache(memory.latent_NPJ, memory.index_NPZ, tables_BM, sizes.pages)
+    block = Block(cfg, kind, "absorbed", kernels=sizes.kernels)
     (x_BTD, cache), routing = block.apply(variables, (x_BTD, cache), layer, ctx)
     counts_LE = memory.counts_LE
     if routing is not None and counts_LE is not None:

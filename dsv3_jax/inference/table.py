@@ -9,7 +9,7 @@ import numpy as np
 
 from dsv3_jax.inference.options import Sampling, row_key
 from dsv3_jax.inference.pages import NULL_PAGE
-from dsv3_jax.inference.sampling import RowOptions
+from dsv3_jax.inference.sampling import RowOptions, row_options
 
 _UNUSED = Sampling()
 
@@ -18,20 +18,12 @@ class RowTable:
     """Sampling options and block tables of the rows of a decode step."""
 
     def __init__(self, rows: int, pages_of_a_row: int) -> None:
-        self._options = RowOptions(
-            key_B2=np.zeros((rows, 2), np.uint32),
-            temperature_B=np.zeros(rows, np.float32),
-            top_k_B=np.zeros(rows, np.int32),
-            top_p_B=np.zeros(rows, np.float32),
-            min_p_B=np.zeros(rows, np.float32),
-            stop_at_eos_B=np.zeros(rows, bool),
-        )
+        nobody = np.zeros(2, np.uint32)
+        self._options = row_options([_UNUSED] * rows, [nobody] * rows)
         self.tables_BM = np.full((rows, pages_of_a_row), NULL_PAGE, np.int32)
         self._lengths = [0] * rows
         self._owners: list[Any] = [None] * rows
         self._on_device: dict[str, Any] = {}
-        for row in range(rows):
-            self._set(row, _UNUSED, np.zeros(2, np.uint32))
 
     def enter(self, row: int, owner: Any, sampling: Sampling, prompt: np.ndarray) -> None:
         """A request is on a row; nothing is done if it was before. `owner` changes whenever its pages may all have."""
@@ -69,13 +61,10 @@ class RowTable:
 
     def _set(self, row: int, sampling: Sampling, key: np.ndarray) -> None:
         self._on_device.pop("options", None)
-        options = self._options
-        options.key_B2[row] = key
-        options.temperature_B[row] = sampling.temperature
-        options.top_k_B[row] = sampling.top_k
-        options.top_p_B[row] = sampling.top_p
-        options.min_p_B[row] = sampling.min_p
-        options.stop_at_eos_B[row] = not sampling.ignore_eos
+        for all_, one in zip(
+            *map(jax.tree.leaves, (self._options, row_options([sampling], [key]))), strict=True
+        ):
+            all_[row] = one[0]
 
 
 def _send(array: np.ndarray) -> jax.Array:

@@ -182,6 +182,7 @@ class Attention(Module):
             value_dim=cfg.kv_lora_rank,
             scale=softmax_scale(cfg),
             mask_BTS=mask_BTS,
+            implementation=self.kernels.latent_attention,
         )
         return self._values(y_BTHC, kv_b_HWC)
 
