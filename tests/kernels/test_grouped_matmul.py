@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from dsv3_jax.kernels.grouped_matmul import grouped_matmul
+from dsv3_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from dsv3_jax.kernels.grouped_matmul.reference import ROWS_BY_VECTOR
-from dsv3_jax.kernels.grouped_matmul.shapes import SHAPES, Shape
+from dsv3_jax.kernels.grouped_matmul.shapes import DEVICE_SHAPES, SHAPES, Shape
 
 SMALL = ["one_row", "few_rows", "many_experts", "rows_below_tile", "tiles"]
 
@@ -170,11 +170,12 @@ def test_no_rows():
     assert y.shape == (0, 10) and dx.shape == (0, 12) and not np.asarray(dw).any()
 
 
-@pytest.mark.parametrize("name", ["cpu_100m_decode", "cpu_100m_train", "v3_gate_up", "v3_down"])
+@pytest.mark.parametrize("name", ["cpu_100m_decode", "cpu_100m_train", *DEVICE_SHAPES])
 def test_full_size_shapes_trace(name):
     x, w, sizes = SHAPES[name].arrays(jnp.bfloat16)
+    function = {"grouped_matmul": grouped_matmul, "grouped_swiglu": grouped_swiglu}[SHAPES[name].kind]
     grads = functools.partial(jax.grad, argnums=(0, 1))
-    dx, dw = jax.eval_shape(grads(lambda x, w, g: grouped_matmul(x, w, g).sum()), x, w, sizes)
+    dx, dw = jax.eval_shape(grads(lambda x, w, g: function(x, w, g).sum()), x, w, sizes)
     assert (dx.shape, dw.shape) == (x.shape, w.shape)
 
 

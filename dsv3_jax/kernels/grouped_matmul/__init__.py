@@ -1,3 +1,3 @@
-from dsv3_jax.kernels.grouped_matmul.api import grouped_matmul
+from dsv3_jax.kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 
-__all__ = ["grouped_matmul"]
+__all__ = ["grouped_matmul", "grouped_swiglu"]

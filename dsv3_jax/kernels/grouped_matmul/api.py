@@ -1,14 +1,29 @@
-"""Grouped matrix product: rows sorted by expert, each times its expert's weight."""
+"""Grouped matrix product: rows sorted by expert, each times its expert's weight; and gate, up and SwiGLU in one."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.grouped_matmul import reference
+from dsv3_jax.kernels.grouped_matmul import mosaic, reference, tokamax
 from dsv3_jax.kernels.registry import Implementation, call
+from dsv3_jax.kernels.registry import mosaic as hopper
 
-GROUPED_MATMUL = {"reference": Implementation(reference.grouped_matmul)}
+GROUPED_MATMUL = {
+    "mosaic": hopper(mosaic.grouped_matmul, refuses=mosaic.refuses, shape_class=mosaic.shape_class),
+    "reference": Implementation(reference.grouped_matmul),
+    "tokamax": Implementation(
+        tokamax.grouped_matmul,
+        platforms=frozenset({"gpu"}),
+        refuses=tokamax.refuses,
+        shape_class=tokamax.never,
+        missing=tokamax.missing,
+    ),
+}
+GROUPED_SWIGLU = {
+    "mosaic": hopper(mosaic.grouped_swiglu, refuses=mosaic.refuses, shape_class=mosaic.shape_class),
+    "reference": Implementation(reference.grouped_swiglu),
+}
 
 
 def grouped_matmul(
@@ -20,27 +35,54 @@ def grouped_matmul(
     Differentiable in x and w; group sizes are not.
 
     Args:
-      x_ND: rows sorted by expert.
+      x_ND: rows sorted by expert; those after the last group may hold anything finite.
       w_EFD: weights as stored, [expert, out, in], in x's dtype.
       group_sizes_E: int32 rows of each expert; their sum is at most N. Empty groups are free.
-      implementation: "auto" or "reference".
+      implementation: "auto", "reference", "mosaic" (Hopper, 16-bit types, widths of 128 n) or "tokamax".
 
     Returns:
       y_NF in x's dtype.
 
     Raises:
-      ValueError: shapes or dtypes disagree, or the implementation is unknown.
+      ValueError: shapes or dtypes disagree, or the implementation is unknown or cannot run.
     """
-    if x_ND.ndim != 2 or w_EFD.ndim != 3 or group_sizes_E.ndim != 1:
-        raise ValueError(
-            f"expected x [N, D], w [E, F, D], group_sizes [E], got {x_ND.shape}, {w_EFD.shape}, "
-            f"{group_sizes_E.shape}"
-        )
-    if x_ND.shape[1] != w_EFD.shape[2] or group_sizes_E.shape[0] != w_EFD.shape[0]:
-        raise ValueError(
-            f"x {x_ND.shape} (N D), w {w_EFD.shape} (E F D), group_sizes {group_sizes_E.shape} (E) disagree"
-        )
-    if x_ND.dtype != w_EFD.dtype:
-        raise ValueError(f"x is {x_ND.dtype} but w is {w_EFD.dtype}: cast one explicitly")
-    group_sizes_E = group_sizes_E.astype(jnp.int32)
+    if w_EFD.ndim != 3:
+        raise ValueError(f"expected w [E, F, D], got {w_EFD.shape}")
+    group_sizes_E = _checked(x_ND, w_EFD, group_sizes_E)
     return call("grouped_matmul", implementation, GROUPED_MATMUL, x_ND, w_EFD, group_sizes_E)
+
+
+def grouped_swiglu(
+    x_ND: jax.Array, w_EPFD: jax.Array, group_sizes_E: jax.Array, *, implementation: str = "auto"
+) -> jax.Array:
+    """h[n] = silu(w[e(n), 0] @ x[n]) * (w[e(n), 1] @ x[n]): `grouped_matmul` with gate and up, and their SwiGLU.
+
+    The "mosaic" implementation applies SwiGLU to the float32 sums; "reference" to sums rounded to x's dtype.
+
+    Args:
+      x_ND, group_sizes_E, implementation: as for `grouped_matmul` (there is no "tokamax").
+      w_EPFD: weights as stored, P = 2: gate, up.
+
+    Returns:
+      h_NF in x's dtype.
+
+    Raises:
+      ValueError: as `grouped_matmul`.
+    """
+    if w_EPFD.ndim != 4 or w_EPFD.shape[1] != 2:
+        raise ValueError(f"expected w [E, 2, F, D], got {w_EPFD.shape}")
+    group_sizes_E = _checked(x_ND, w_EPFD, group_sizes_E)
+    return call("grouped_swiglu", implementation, GROUPED_SWIGLU, x_ND, w_EPFD, group_sizes_E)
+
+
+def _checked(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """The group sizes as int32, if all three belong together."""
+    if x_ND.ndim != 2 or group_sizes_E.ndim != 1:
+        raise ValueError(f"expected x [N, D] and group_sizes [E], got {x_ND.shape} and {group_sizes_E.shape}")
+    if x_ND.shape[1] != w.shape[-1] or group_sizes_E.shape[0] != w.shape[0]:
+        raise ValueError(
+            f"x {x_ND.shape} (N D), w {w.shape} (E .. F D), group_sizes {group_sizes_E.shape} (E) disagree"
+        )
+    if x_ND.dtype != w.dtype:
+        raise ValueError(f"x is {x_ND.dtype} but w is {w.dtype}: cast one explicitly")
+    return group_sizes_E.astype(jnp.int32)

@@ -196,3 +196,11 @@ def _vjp_backward(saved, dy_NF):
 
 
 grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
+
+
+def grouped_swiglu(x_ND: jax.Array, w_EPFD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """See `api.grouped_swiglu`."""
+    E, P, F, D = w_EPFD.shape
+    hidden_NX = grouped_matmul(x_ND, w_EPFD.reshape(E, P * F, D), group_sizes_E)
+    gate_NF, up_NF = jnp.split(hidden_NX, P, axis=-1)
+    return jax.nn.silu(gate_NF) * up_NF
