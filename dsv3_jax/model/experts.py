@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.model.mlp import MLP
-from dsv3_jax.model.module import Array, Module, grouped_matmul
+from dsv3_jax.model.module import Array, Module, grouped_matmul, grouped_swiglu
 from dsv3_jax.model.router import Choice, Router, Routing
 from dsv3_jax.parallel.dispatch import Dispatch, dispatch_experts
 from dsv3_jax.parallel.leaves import entering, leaving
@@ -31,9 +30,8 @@ class RoutedExperts(Module):
 
         def compute(rows_RD: Array, group_sizes_E: Array) -> Array:
             name = self.kernels.grouped_matmul
-            hidden = grouped_matmul(rows_RD, gate_up, group_sizes_E, implementation=name)
-            gate, up = jnp.split(hidden, 2, axis=-1)
-            return grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes_E, implementation=name)
+            hidden_RF = grouped_swiglu(rows_RD, gate_up, group_sizes_E, implementation=name)
+            return grouped_matmul(hidden_RF, down, group_sizes_E, implementation=name)
 
         y_ND, dropped = dispatch_experts(
             x_ND,

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig, shape_of
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul as _grouped_matmul
+from dsv3_jax.kernels.grouped_matmul import grouped_swiglu as _grouped_swiglu
 from dsv3_jax.kernels.registry import full_precision
 from dsv3_jax.parallel.leaves import Sharded, enter, leave
 
@@ -92,6 +93,15 @@ def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
     weight = weight.astype(x_ND.dtype)
     matrices = weight.reshape(weight.shape[0], -1, weight.shape[-1])
     return _grouped_matmul(x_ND, matrices, group_sizes_E, implementation=implementation)
+
+
+def grouped_swiglu(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementation: str = "auto") -> Array:
+    """Rows sorted by expert through their expert's gate and up, [E, 2, F, in]: silu(gate) * up, [N, F].
+
+    A weight that is cut over an axis gives this device's part of F.
+    """
+    weight = weight.astype(x_ND.dtype)
+    return _grouped_swiglu(x_ND, weight, group_sizes_E, implementation=implementation)
 
 
 def rows(weight: Any, ids: Array, dtype: Any) -> Array:

@@ -15,7 +15,7 @@ import pytest
 from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from dsv3_jax.kernels.grouped_matmul.mosaic import default_gradient_tile, default_tile
-from dsv3_jax.kernels.grouped_matmul.mosaic_product import CONSUMERS, LINE
+from dsv3_jax.kernels.grouped_matmul.mosaic_product import CONSUMERS, LINE, SHARED_BYTES
 from dsv3_jax.kernels.grouped_matmul.schedule import most_tiles, schedule
 from dsv3_jax.kernels.grouped_matmul.shapes import DEVICE_SHAPES, INTERPRETED, SHAPES
 
@@ -72,18 +72,14 @@ def test_tiles_cover_every_row_once_and_never_two_groups(sizes, N, tile):
 @pytest.mark.parametrize("name", [*DEVICE_SHAPES, *INTERPRETED])
 def test_tiles_fit_shared_memory_and_the_widths(name):
     shape = SHAPES[name]
-    wide = shape.outputs * (2 if shape.kind == "grouped_swiglu" else 1)
     kinds = {"grouped_matmul": ("forward",), "grouped_swiglu": ("swiglu", "swiglu+")}[shape.kind]
     for kind, width in [*((k, shape.outputs) for k in kinds), ("dx", shape.inputs)]:
         tile = default_tile(kind, shape.rows, shape.experts, width)
-        parts = 2 if kind.startswith("swiglu") else 1
-        slices = tile.stages * (tile.rows + parts * tile.columns) * LINE
         assert width % tile.columns == 0 and tile.warpgroup[1] % LINE == 0 == tile.warpgroup[0] % LINE
-        assert 2 * (slices + CONSUMERS * tile.slots * tile.warpgroup[0] * LINE) + 1024 <= 232_448
+        assert tile.shared_bytes(shape.parts if kind != "dx" else 1) <= SHARED_BYTES
     tile = default_gradient_tile(shape.inputs)
-    assert shape.inputs % tile.columns == 0 == wide % tile.rows and tile.rows == CONSUMERS * LINE
-    slices = tile.stages * (tile.rows + tile.columns) * LINE
-    assert 2 * (slices + tile.rows * tile.slots * LINE) + 1024 <= 232_448
+    assert shape.inputs % tile.columns == 0 == shape.parts * shape.outputs % tile.rows
+    assert tile.rows == CONSUMERS * LINE and tile.shared_bytes() <= SHARED_BYTES
 
 
 # --- the kernels, interpreted ------------------------------------------------------------------------------

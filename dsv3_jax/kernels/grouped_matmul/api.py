@@ -9,21 +9,23 @@ from dsv3_jax.kernels.grouped_matmul import mosaic, reference, tokamax
 from dsv3_jax.kernels.registry import Implementation, call
 from dsv3_jax.kernels.registry import mosaic as hopper
 
-GROUPED_MATMUL = {
-    "mosaic": hopper(mosaic.grouped_matmul, refuses=mosaic.refuses, shape_class=mosaic.shape_class),
-    "reference": Implementation(reference.grouped_matmul),
-    "tokamax": Implementation(
-        tokamax.grouped_matmul,
-        platforms=frozenset({"gpu"}),
-        refuses=tokamax.refuses,
-        shape_class=tokamax.never,
-        missing=tokamax.missing,
-    ),
-}
-GROUPED_SWIGLU = {
-    "mosaic": hopper(mosaic.grouped_swiglu, refuses=mosaic.refuses, shape_class=mosaic.shape_class),
-    "reference": Implementation(reference.grouped_swiglu),
-}
+
+def _table(name: str) -> dict[str, Implementation]:
+    """Best first; tokamax is there for comparison, no class of shapes lets "auto" take it."""
+    return {
+        "mosaic": hopper(getattr(mosaic, name), refuses=mosaic.refuses, shape_class=mosaic.shape_class),
+        "reference": Implementation(getattr(reference, name)),
+        "tokamax": Implementation(
+            getattr(tokamax, name),
+            platforms=frozenset({"gpu"}),
+            refuses=tokamax.refuses,
+            shape_class=tokamax.never,
+            missing=tokamax.missing,
+        ),
+    }
+
+
+GROUPED_MATMUL, GROUPED_SWIGLU = _table("grouped_matmul"), _table("grouped_swiglu")
 
 
 def grouped_matmul(
@@ -44,7 +46,7 @@ def grouped_matmul(
       y_NF in x's dtype.
 
     Raises:
-      ValueError: shapes or dtypes disagree, or the implementation is unknown or cannot run.
+      ValueError: shapes or dtypes disagree (ConfigError: the implementation is unknown or cannot run).
     """
     if w_EFD.ndim != 3:
         raise ValueError(f"expected w [E, F, D], got {w_EFD.shape}")
@@ -60,7 +62,7 @@ def grouped_swiglu(
     The "mosaic" implementation applies SwiGLU to the float32 sums; "reference" to sums rounded to x's dtype.
 
     Args:
-      x_ND, group_sizes_E, implementation: as for `grouped_matmul` (there is no "tokamax").
+      x_ND, group_sizes_E, implementation: as for `grouped_matmul`.
       w_EPFD: weights as stored, P = 2: gate, up.
 
     Returns:

@@ -44,6 +44,10 @@ class GradientTile(NamedTuple):
     stages: int = 4
     slots: int = 2
 
+    def shared_bytes(self) -> int:
+        """Shared memory of a block; the barriers come to less than 1024."""
+        return 2 * (self.stages * (self.rows + self.columns) + self.rows * self.slots) * LINE + 1024
+
 
 def weight_gradient(
     x_ND: jax.Array, dy_NF: jax.Array, group_sizes_E: jax.Array, tile: GradientTile
@@ -93,7 +97,7 @@ def weight_gradient(
                     slot = ring(step, tile.stages)
 
                     @pl.when(step >= tile.stages)
-                    def _():
+                    def wait_for_space():
                         plgpu.barrier_wait(empty.at[slot])
 
                     rows = pl.ds(first + k * LINE, LINE)
@@ -122,7 +126,7 @@ def weight_gradient(
                         left = size - k * LINE
 
                         @pl.when(left < LINE)
-                        def _():
+                        def clear_other_rows():
                             dy_KF = dy_smem[slot, :, own]
                             rows = plgpu.broadcasted_iota(jnp.int32, (LINE, R), 0, layout=plgpu.Layout.WGMMA)
                             dy_smem[slot, :, own] = jnp.where(rows < left, dy_KF, jnp.zeros_like(dy_KF))
@@ -133,7 +137,7 @@ def weight_gradient(
                         plgpu.wgmma_wait(1)
 
                         @pl.when(k > 0)
-                        def _():
+                        def release():
                             plgpu.barrier_arrive(empty.at[ring(start + k - 1, tile.stages)])
 
                     lax.fori_loop(0, count, multiply, None)
@@ -142,7 +146,7 @@ def weight_gradient(
                 dw_FD = pl.run_scoped(scope, plgpu.ACC((R, C)))
 
                 @pl.when(count > 0)
-                def _():
+                def release_last():
                     plgpu.barrier_arrive(empty.at[ring(start + count - 1, tile.stages)])
 
                 for i, c in enumerate(range(0, C, LINE)):

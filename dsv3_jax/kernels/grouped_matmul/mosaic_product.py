@@ -26,6 +26,7 @@ from dsv3_jax.kernels.shim import pl, plgpu
 # A swizzle line, 128 bytes of 16-bit numbers.
 LINE = 64
 CONSUMERS = 2
+SHARED_BYTES = 232_448
 
 
 class Tile(NamedTuple):
@@ -51,6 +52,11 @@ class Tile(NamedTuple):
         if self.split == "rows":
             return self.rows // CONSUMERS, self.columns
         return self.rows, self.columns // CONSUMERS
+
+    def shared_bytes(self, parts: int) -> int:
+        """Shared memory of a block, with `parts` weights a tile; the barriers come to less than 1024."""
+        slices = self.stages * (self.rows + parts * self.columns) * LINE
+        return 2 * (slices + CONSUMERS * self.slots * self.warpgroup[0] * LINE) + 1024
 
 
 def transforms(rows: int) -> tuple[Any, ...]:
@@ -90,7 +96,7 @@ def store_rows(
     while size:
 
         @pl.when((count & size) != 0)
-        def _(done=done, size=size):
+        def copy(done=done, size=size):
             plgpu.copy_smem_to_gmem(
                 smem.at[*block, pl.ds(done, size)],
                 gmem.at[pl.ds(row + done, size), columns],
@@ -149,7 +155,7 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
                     slot = ring(step, tile.stages)
 
                     @pl.when(step >= tile.stages)
-                    def _():
+                    def wait_for_space():
                         plgpu.barrier_wait(empty.at[slot])
 
                     inner = pl.ds(k * LINE, LINE)
@@ -201,7 +207,7 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
                         plgpu.wgmma_wait(parts)
 
                         @pl.when(k > 0)
-                        def _():
+                        def release():
                             plgpu.barrier_arrive(empty.at[ring(first + k - 1, tile.stages)])
 
                     lax.fori_loop(0, busy, multiply, None)
@@ -210,7 +216,7 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
                 sums = pl.run_scoped(scope, *[plgpu.ACC((R, C))] * parts)
 
                 @pl.when(busy > 0)
-                def _():
+                def release_last():
                     plgpu.barrier_arrive(empty.at[ring(first + busy - 1, tile.stages)])
 
                 def skip(k, _):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dsv3_jax.kernels.cases import Case, normal
+from dsv3_jax.kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
+from dsv3_jax.kernels.grouped_matmul.mosaic_dw import GradientTile
+from dsv3_jax.kernels.grouped_matmul.mosaic_product import LINE, SHARED_BYTES, Tile
 
 Kind = Literal["grouped_matmul", "grouped_swiglu"]
 Load = Literal["even", "hot", "one"]
@@ -39,15 +47,18 @@ class Shape(NamedTuple):
         sizes_E[E // 2] += hot
         return sizes_E.astype(np.int32)
 
-    def products(self) -> int:
-        """FLOPs of forward; dX and dW take as many each."""
-        return 2 * self.rows * self.inputs * self.outputs * (2 if self.kind == "grouped_swiglu" else 1)
+    @property
+    def parts(self) -> int:
+        """Matrices of an expert: 2 for gate and up."""
+        return 2 if self.kind == "grouped_swiglu" else 1
 
-    def weight_bytes(self, itemsize: int = 2) -> int:
-        """Bytes of the weights, read once (and of dW, written once)."""
-        return (
-            itemsize * self.experts * self.inputs * self.outputs * (2 if self.kind == "grouped_swiglu" else 1)
-        )
+    def flops(self) -> int:
+        """Of forward; dX and dW take as many each."""
+        return 2 * self.rows * self.inputs * self.outputs * self.parts
+
+    def weights_read(self) -> int:
+        """Numbers in the weights of experts that have rows."""
+        return int((self.sizes() > 0).sum()) * self.parts * self.outputs * self.inputs
 
 
 SHAPES = {
@@ -83,3 +94,104 @@ SHAPES = {
 # What a GPU is for: compiled for one in the checks, timed on one by the benchmark.
 DEVICE_SHAPES = {name: s for name, s in SHAPES.items() if name.startswith(("v3_", "b1_", "a3b_"))}
 INTERPRETED = {name: s for name, s in SHAPES.items() if name.startswith("interpret")}
+
+
+# Errors relative to the largest value, against float32: one rounding to a 16-bit result; for the backward pass of the
+# fused product also those of gate, up and their gradients.
+BOUND, BACKWARD_BOUND = 0.01, 0.02
+
+FUNCTIONS = {"grouped_matmul": grouped_matmul, "grouped_swiglu": grouped_swiglu}
+
+
+def _forward(x_ND, w, sizes_E, *, kind, implementation):
+    return FUNCTIONS[kind](x_ND, w, sizes_E, implementation=implementation)
+
+
+def _dx(x_ND, w, sizes_E, ct_NF, *, kind, implementation):
+    return jax.vjp(lambda x: _forward(x, w, sizes_E, kind=kind, implementation=implementation), x_ND)[1](
+        ct_NF
+    )
+
+
+def _dw(x_ND, w, sizes_E, ct_NF, *, kind, implementation):
+    return jax.vjp(lambda w: _forward(x_ND, w, sizes_E, kind=kind, implementation=implementation), w)[1](
+        ct_NF
+    )
+
+
+def _backward(x_ND, w, sizes_E, ct_NF, *, kind, implementation):
+    run = functools.partial(_forward, kind=kind, implementation=implementation)
+    return jax.vjp(lambda x, w: run(x, w, sizes_E), x_ND, w)[1](ct_NF)
+
+
+def _inputs(key: jax.Array, *, shape: Shape, backward: bool) -> tuple[jax.Array, ...]:
+    x, w, _ = shape.arrays(jnp.bfloat16)
+    keys = jax.random.split(key, 3)
+    scaled = normal(keys[1], w) * jnp.asarray(shape.inputs**-0.5, w.dtype)
+    arrays = normal(keys[0], x), scaled, jnp.asarray(shape.sizes())
+    ct = jax.ShapeDtypeStruct((shape.rows, shape.outputs), x.dtype)
+    return (*arrays, normal(keys[2], ct)) if backward else arrays
+
+
+def _tiles(shape: Shape) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    """What to try: every tile that divides the widths and fits shared memory."""
+
+    def products(parts: int, width: int) -> list[Mapping[str, Any]]:
+        each = itertools.product((64, 128, 256), (128, 256), (3, 4, 5, 6, 8), (1, 2, 4), ("rows", "columns"))
+        tiles = [Tile(*t) for t in each]
+        return [
+            t._asdict()
+            for t in tiles
+            if width % t.columns == 0
+            and t.warpgroup[0] % LINE == 0
+            and t.warpgroup[0] * t.warpgroup[1] * parts <= 64 * 256
+            and t.shared_bytes(parts) <= SHARED_BYTES
+        ]
+
+    gradients = [GradientTile(128, *t) for t in itertools.product((128, 256), (3, 4, 5, 6), (1, 2, 4))]
+    return {
+        shape.kind: products(shape.parts, shape.outputs),
+        "grouped_matmul_dx": products(1, shape.inputs),
+        "grouped_matmul_dw": [
+            t._asdict()
+            for t in gradients
+            if shape.inputs % t.columns == 0 and t.shared_bytes() <= SHARED_BYTES
+        ],
+    }
+
+
+def cases() -> list[Case]:
+    """Forward, dX and dW of the plain product; forward and the whole backward pass of the fused one."""
+    found = []
+    for name, shape in {**INTERPRETED, **DEVICE_SHAPES}.items():
+        x, w, sizes = shape.arrays(jnp.bfloat16)
+        ct = jax.ShapeDtypeStruct((shape.rows, shape.outputs), x.dtype)
+
+        reads = shape.rows * (shape.inputs + shape.outputs) + shape.weights_read()
+        programs: dict[str, tuple[Any, int, int]] = {"forward": (_forward, 1, reads)}
+        if shape.kind == "grouped_matmul":
+            # An expert without rows has a gradient of zeros, which is written too.
+            writes = shape.rows * (shape.inputs + shape.outputs) + w.size
+            programs |= {"dx": (_dx, 1, reads), "dw": (_dw, 1, writes)}
+        else:
+            # Forward with gate and up kept; these read, their gradients written, and read by dX and dW.
+            kept = 5 * shape.rows * 2 * shape.outputs
+            programs["backward"] = (_backward, 3, 3 * reads + kept + w.size - shape.weights_read())
+        for program, (function, products, numbers) in programs.items():
+            found.append(
+                Case(
+                    kernel=shape.kind,
+                    program=program,
+                    shape=name,
+                    size="small" if name in INTERPRETED else "full",
+                    function=functools.partial(function, kind=shape.kind),
+                    arguments=(x, w, sizes) if program == "forward" else (x, w, sizes, ct),
+                    flops=products * shape.flops(),
+                    bytes=2 * numbers,
+                    bound=BACKWARD_BOUND if program == "backward" else BOUND,
+                    inputs=functools.partial(_inputs, shape=shape, backward=program != "forward"),
+                    tiles=_tiles(shape) if name in DEVICE_SHAPES else {},
+                    implementations=("mosaic", "reference", "tokamax"),
+                )
+            )
+    return found

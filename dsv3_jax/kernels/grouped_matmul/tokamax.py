@@ -1,4 +1,4 @@
-"""The grouped product of the tokamax package, for comparison: an optional implementation, never chosen by "auto"."""
+"""The grouped products of the tokamax package, for comparison: an optional implementation, never chosen by "auto"."""
 
 from __future__ import annotations
 
@@ -31,3 +31,10 @@ def grouped_matmul(x_ND: jax.Array, w_EFD: jax.Array, group_sizes_E: jax.Array) 
     y_NF = tokamax.ragged_dot(x_ND, jnp.swapaxes(w_EFD, 1, 2), group_sizes_E)
     # What it leaves in rows after the last group is not said.
     return jnp.where(live_N1, y_NF, 0).astype(x_ND.dtype)
+
+
+def grouped_swiglu(x_ND: jax.Array, w_EPFD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """See `api.grouped_swiglu`: not fused."""
+    E, P, F, D = w_EPFD.shape
+    gate_NF, up_NF = jnp.split(grouped_matmul(x_ND, w_EPFD.reshape(E, P * F, D), group_sizes_E), P, axis=-1)
+    return jax.nn.silu(gate_NF) * up_NF
