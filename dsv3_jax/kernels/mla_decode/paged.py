@@ -12,10 +12,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.mla_decode import paged_reference
-from dsv3_jax.kernels.registry import Implementation, resolve
+from dsv3_jax.kernels.mla_decode import paged_reference, pallas_gpu
+from dsv3_jax.kernels.registry import Implementation, call, mosaic
 
 PAGED_LATENT_ATTENTION = {
+    "mosaic": mosaic(
+        pallas_gpu.latent_attention, refuses=pallas_gpu.refuses, shape_class=pallas_gpu.shape_class
+    ),
     # Row after row would be thousands of small launches.
     "batched": Implementation(
         functools.partial(paged_reference.latent_attention, rows_together=True), frozenset({"gpu"})
@@ -45,6 +48,9 @@ def paged_latent_attention(
     the other rows hold and where they are, which pages a row owns and in which order, what the pages it does not
     own contain (NaN included), and however many entries M a table has. Where `block` agrees it is bitwise what
     `latent_attention` gives for the same slots in one piece. Cost follows the live length, not M.
+
+    "mosaic" (Hopper): bfloat16 queries and pages, no mask; `block` is its own. Rows in pieces of context, whose
+    number follows from the row's length, the batch and the device alone: the same guarantees, other bits.
 
     Args:
       q_BTHJ: queries: absorbed latent part (C), then rotated part (R).
@@ -76,8 +82,10 @@ def paged_latent_attention(
         )
     if block <= 0:
         raise ValueError(f"block is {block}, expected a number of slots")
-    function = resolve("paged_latent_attention", implementation, PAGED_LATENT_ATTENTION)
-    return function(
+    return call(
+        "paged_latent_attention",
+        implementation,
+        PAGED_LATENT_ATTENTION,
         jnp.asarray(q_BTHJ),
         jnp.asarray(pages_NPJ),
         jnp.asarray(tables_BM, jnp.int32),
@@ -114,9 +122,11 @@ def write_pages(
       ValueError: shapes disagree, or the implementation is unknown.
     """
     _check_pages(pages_NPJ, tables_BM, positions_BT, new_BTJ.shape[:2], new_BTJ.shape[2])
-    function = resolve("write_pages", implementation, WRITE_PAGES)
     pages_NPJ = jnp.asarray(pages_NPJ)
-    return function(
+    return call(
+        "write_pages",
+        implementation,
+        WRITE_PAGES,
         pages_NPJ,
         jnp.asarray(new_BTJ).astype(pages_NPJ.dtype),
         jnp.asarray(tables_BM, jnp.int32),
@@ -154,8 +164,10 @@ def paged_index_scores(
         raise ValueError(f"index weights have shape {weights_BTY.shape}, expected {(B, T, Y)}")
     if block <= 0:
         raise ValueError(f"block is {block}, expected a number of slots")
-    function = resolve("paged_index_scores", implementation, INDEX_SCORES)
-    return function(
+    return call(
+        "paged_index_scores",
+        implementation,
+        INDEX_SCORES,
         jnp.asarray(q_BTYZ),
         jnp.asarray(weights_BTY),
         jnp.asarray(pages_NPZ),
