@@ -1,12 +1,12 @@
 """What is done to logits before a token is chosen: penalties, biases, a least length, and masks of allowed ids.
 
-Only programs for batches with such a row take `Adjustments`; a row that asks for nothing keeps the bits of its logits.
+A batch without such a row skips all of it; in a batch with one, a row that asks for nothing keeps the bits of its
+logits.
 Log-probabilities that are returned are those before any of this.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -21,16 +21,14 @@ Array = jax.Array
 WORD = 32
 """Ids of one element of a mask: bit i % 32 of element i // 32 stands for id i."""
 
-COUNT_CHUNK = 512
-"""Ids of one call of `count_ids`."""
-
 
 @struct.dataclass
 class Adjustments:
-    """Changes of logits, one row each; only `count_BV` moves while a row lives.
+    """Changes of logits, one row each.
+
+    What rows have produced is apart, int32 `count_BV`: how often each id. Of rows without penalties it is not read.
 
     Attributes:
-      count_BV: int32, how often the row has produced each id. Of rows without penalties it is not read.
       prompt_BW: uint32 mask of the ids in the row's prompt; only the repetition penalty reads it.
       presence_B, frequency_B: float32, taken from the logits of produced ids once, and once for each time.
       repetition_B: float32, divides positive logits of prompt and produced ids, multiplies negative ones.
@@ -39,7 +37,6 @@ class Adjustments:
       mask_BW: uint32 mask of the ids that may be chosen, all ones where nothing is forbidden.
     """
 
-    count_BV: Array
     prompt_BW: Array
     presence_B: Array
     frequency_B: Array
@@ -57,7 +54,7 @@ def needs_counts(sampling: Sampling) -> bool:
 
 
 def needs_adjusting(sampling: Sampling, guided: bool = False) -> bool:
-    """Whether a row needs the program with `Adjustments`.
+    """Whether anything is done to a row's logits.
 
     Args:
       guided: whether a guide restricts its ids.
@@ -68,19 +65,16 @@ def needs_adjusting(sampling: Sampling, guided: bool = False) -> bool:
 def make_adjustments(
     rows: Sequence[tuple[Sampling, np.ndarray] | None],
     vocab_size: int,
-    count_BV: Array,
     masks: Sequence[np.ndarray | None] | None = None,
 ) -> Adjustments:
-    """The options of rows as arrays.
+    """The options of rows as arrays (numpy).
 
     Args:
       rows: sampling options and prompt ids of each row; None for an empty one.
-      count_BV: see `Adjustments`; `count_ids` fills it.
       masks: what each row's guide allows now (`guides.Guide.mask`); None allows all.
     """
     B, W = len(rows), mask_words(vocab_size)
     found = Adjustments(
-        count_BV=count_BV,
         prompt_BW=np.zeros((B, W), np.uint32),
         presence_B=np.zeros(B, np.float32),
         frequency_B=np.zeros(B, np.float32),
@@ -124,26 +118,23 @@ def unpack(mask_BW: Array, vocab_size: int) -> Array:
     return bits_BWb.reshape(mask_BW.shape[0], -1)[:, :vocab_size].astype(bool)
 
 
-def count_ids(count_BV: Array, row: Array, ids_T: Array, fresh: Array) -> Array:
-    """Count ids [COUNT_CHUNK] (-1: none) that a row produced before; `fresh` starts from zero.
-
-    `count_BV` is donated. For a row that begins again after it was put aside.
-    """
-    V = count_BV.shape[1]
-    start_V = jnp.where(fresh, 0, count_BV[row])
-    places_T = jnp.where(ids_T < 0, V, ids_T)
-    return count_BV.at[row].set(start_V.at[places_T].add(1, mode="drop"))
+def begin_count(count_BV: Array, row: Array, token: Array) -> Array:
+    """A request begins on a row (`count_BV` is donated), with a token that it has produced, or -1."""
+    new_V = jnp.zeros(count_BV.shape[1], count_BV.dtype)
+    place = jnp.where(token < 0, count_BV.shape[1], token)
+    return count_BV.at[row].set(new_V.at[place].add(1, mode="drop"))
 
 
-def counted(adjustments: Adjustments, token_B: Array) -> Adjustments:
+def counted(count_BV: Array, token_B: Array) -> Array:
     """With the tokens that rows have now produced; negative for a row that gave none."""
-    B, V = adjustments.count_BV.shape
+    B, V = count_BV.shape
     places_B = jnp.where(token_B < 0, V, token_B)
-    count_BV = adjustments.count_BV.at[jnp.arange(B), places_B].add(1, mode="drop")
-    return dataclasses.replace(adjustments, count_BV=count_BV)
+    return count_BV.at[jnp.arange(B), places_B].add(1, mode="drop")
 
 
-def adjust(logits_BV: Array, adjustments: Adjustments, positions_B: Array, ending_ids_BS: Array) -> Array:
+def adjust(
+    logits_BV: Array, adjustments: Adjustments, count_BV: Array, positions_B: Array, ending_ids_BS: Array
+) -> Array:
     """float32 [B, V]: the logits that the tokens at `positions_B` are chosen by.
 
     In this order: the repetition penalty as transformers defines it (over prompt and produced ids); OpenAI's
@@ -151,12 +142,13 @@ def adjust(logits_BV: Array, adjustments: Adjustments, positions_B: Array, endin
     and before the least length for ids that would end the row, unless the mask leaves no other.
 
     Args:
+      count_BV: how often each row has produced each id.
       ending_ids_BS: ids that end each row; -1 unused.
     """
     B, V = logits_BV.shape
     rows_B1 = jnp.arange(B)[:, None]
     a = adjustments
-    produced_BV = a.count_BV > 0
+    produced_BV = count_BV > 0
 
     repetition_B1 = a.repetition_B[:, None]
     repeated_BV = (produced_BV | unpack(a.prompt_BW, V)) & (repetition_B1 != 1)
@@ -165,7 +157,7 @@ def adjust(logits_BV: Array, adjustments: Adjustments, positions_B: Array, endin
 
     frequency_B1, presence_B1 = a.frequency_B[:, None], a.presence_B[:, None]
     penalised_BV = produced_BV & ((frequency_B1 != 0) | (presence_B1 != 0))
-    less_BV = a.count_BV.astype(jnp.float32) * frequency_B1 + presence_B1
+    less_BV = count_BV.astype(jnp.float32) * frequency_B1 + presence_B1
     logits_BV = jnp.where(penalised_BV, logits_BV - less_BV, logits_BV)
 
     places_BK = jnp.where(a.bias_ids_BK < 0, V, a.bias_ids_BK)

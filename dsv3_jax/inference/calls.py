@@ -76,7 +76,7 @@ def prefill(
         for sequence in begin:
             state.position_B[sequence.row] = len(sequence.prompt) - 1
             state.left_B[sequence.row] = sequence.max_new
-        first = device.first(state, hidden_BD, table.options(), wanted)
+        first = device.first(state, hidden_BD, table.choosing(), wanted)
     return PromptsFound(finite_B, scored, first)
 
 
@@ -98,7 +98,7 @@ def decode(
         state,
         table.tables(),
         known_TB,
-        table.options(),
+        table.choosing(),
         wanted=wanted,
         limit=plan.steps,
         until_one_ends=until_one_ends,

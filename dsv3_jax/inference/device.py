@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import steps
+from dsv3_jax.inference.adjustments import begin_count
 from dsv3_jax.inference.programs import Programs
-from dsv3_jax.inference.sampling import RowOptions, TokenLogprobs
+from dsv3_jax.inference.sampling import Choosing, TokenLogprobs
 from dsv3_jax.inference.settings import EngineOptions, pages_of
 from dsv3_jax.inference.table import RowTable
 from dsv3_jax.inference.weights import Weights, kinds
@@ -60,7 +62,7 @@ class Device:
         tokens_BT, tables_BM = _shape((tiles, tile)), _shape((tiles, width))
         state = steps.State(*[_shape((rows,))] * 4)
         flag, number = _shape((), bool), _shape(())
-        row_options = RowTable(rows, width).options()
+        choosing = RowTable(rows, width, cfg.vocab_size).choosing()
         build = self.programs.compile
         result = {"embed": build(steps.embed, (cfg,), (weights.top, tokens_BT))}
         for kind, variables in dict(zip(kinds(cfg), weights.layers, strict=True)).items():
@@ -68,15 +70,16 @@ class Device:
             result[kind] = build(steps.prompt_layer, (cfg, kind, sizes), one, (0, 1))
         end = (weights.top, x_BTD, tokens_BT, _shape((tiles,)), _shape((tiles,)))
         result["end"] = build(steps.prompt_end, (cfg, rows), end)
-        begin = (state, weights.top, hidden_BD, row_options, self._eos_ids, flag)
-        result["first"] = build(steps.first, (cfg, sizes), begin)
+        begin = (self._memory, state, weights.top, hidden_BD, choosing, self._eos_ids, flag)
+        result["first"] = build(steps.first, (cfg, sizes), begin, (0,))
+        result["count"] = build(begin_count, (), (self._memory.count_BV, number, number), (0,))
         more = (
             self._memory,
             weights,
             state,
             _shape((rows, width)),
             _shape((sizes.steps, rows)),
-            row_options,
+            choosing,
             self._eos_ids,
             flag,
             number,
@@ -115,19 +118,25 @@ class Device:
         return self._compiled["score"](self._weights.top, hidden_BTD, targets_BT)
 
     def first(
-        self, state: steps.State, hidden_BD: jax.Array, options: RowOptions, wanted: bool
+        self, state: steps.State, hidden_BD: jax.Array, choosing: Choosing, wanted: bool
     ) -> tuple[jax.Array, steps.Produced]:
         """The first new token of every live row."""
-        return self._compiled["first"](
-            state, self._weights.top, hidden_BD, options, self._eos_ids, np.bool_(wanted)
+        self._memory, reason_B, produced = self._compiled["first"](
+            self._memory, state, self._weights.top, hidden_BD, choosing, self._eos_ids, np.bool_(wanted)
         )
+        return reason_B, produced
+
+    def begin_count(self, row: int, token: int) -> None:
+        """A request with penalties begins on a row; see `adjustments.begin_count`."""
+        count_BV = self._compiled["count"](self._memory.count_BV, np.int32(row), np.int32(token))
+        self._memory = dataclasses.replace(self._memory, count_BV=count_BV)
 
     def decode(
         self,
         state: steps.State,
         tables_BM: jax.Array,
         known_TB: np.ndarray,
-        options: RowOptions,
+        choosing: Choosing,
         *,
         wanted: bool,
         limit: int,
@@ -140,7 +149,7 @@ class Device:
             state,
             tables_BM,
             known_TB,
-            options,
+            choosing,
             self._eos_ids,
             np.bool_(wanted),
             np.int32(limit),
@@ -154,7 +163,7 @@ class Device:
             return None
         counts_LE = np.asarray(self._memory.counts_LE).astype(np.int64)
         zeros = jnp.zeros_like(self._memory.counts_LE)
-        self._memory = steps.Memory(self._memory.latent_NPJ, self._memory.index_NPZ, zeros)
+        self._memory = dataclasses.replace(self._memory, counts_LE=zeros)
         return counts_LE
 
 
@@ -166,4 +175,4 @@ def _make_memory(cfg: ModelConfig, options: EngineOptions) -> steps.Memory:
     assert options.pages is not None
     latent, index = make_pages(cfg, options.pages, options.page_size, dtype=options.cache_dtype)
     counts = jnp.zeros((cfg.num_moe_layers, cfg.n_routed_experts), jnp.int32) if cfg.num_moe_layers else None
-    return steps.Memory(latent, index, counts)
+    return steps.Memory(latent, index, counts, jnp.zeros((options.rows, cfg.vocab_size), jnp.int32))

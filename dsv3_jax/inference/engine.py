@@ -24,8 +24,9 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import DataError
 from dsv3_jax.inference import calls, run, steps
-from dsv3_jax.inference.adjustments import needs_adjusting
+from dsv3_jax.inference.adjustments import needs_counts
 from dsv3_jax.inference.device import Device
+from dsv3_jax.inference.options import check_ids
 from dsv3_jax.inference.pages import PagePool
 from dsv3_jax.inference.requests import Entry, Request, Result, Update, check_prompt, entry
 from dsv3_jax.inference.scheduler import Plan, Scheduler, Sequence, Tile
@@ -44,12 +45,14 @@ class _Record:
     Attributes:
       prompt_logprobs: so far; None if not asked for, or delivered.
       admitted: when it was first planned; 0 before.
+      mask_W: what the guide allows next; None without one.
     """
 
     request: Request
     sequence: Sequence
     prompt_logprobs: list[Entry | None] | None
     admitted: float = 0.0
+    mask_W: np.ndarray | None = None
 
 
 class Engine:
@@ -93,7 +96,7 @@ class Engine:
             most_steps=options.steps_per_call,
             prefix_cache=options.prefix_cache,
         )
-        self._table = RowTable(options.rows, self._device.table_width)
+        self._table = RowTable(options.rows, self._device.table_width, cfg.vocab_size)
         self._records: dict[int, _Record] = {}
         self._ready: list[Update] = []
         self._tickets = 0
@@ -135,8 +138,8 @@ class Engine:
         """Queue a request; its ticket.
 
         Raises:
-          DataError: its prompt is empty or has ids out of range, it can never fit, or it asks for more
-            log-probabilities than the engine was made for.
+          DataError: its prompt is empty or has ids out of range, it can never fit, it asks for more
+            log-probabilities than the engine was made for, or its options name ids that there are not.
         """
         sampling, options = request.sampling, self.options
         check_prompt(self.cfg, request.ids, sampling.max_new_tokens, options.context)
@@ -144,8 +147,9 @@ class Engine:
             count = getattr(sampling, name)
             if count is not None and (options.max_logprobs is None or count > options.max_logprobs):
                 raise DataError(f"{name} is {count}; this engine gives {options.max_logprobs} at most")
-        if needs_adjusting(sampling):
-            raise DataError("penalties, logit_bias and min_tokens are not supported by this engine")
+        check_ids(sampling, self.cfg.vocab_size, DataError)
+        if request.guide is not None and sampling.ignore_eos:
+            raise DataError("ignore_eos cannot be used with structured output, which says where a text ends")
         ids = np.asarray(request.ids, np.int32)
         if not self.scheduler.fits(len(ids), sampling.max_new_tokens):
             raise DataError(
@@ -164,9 +168,13 @@ class Engine:
             sampling.max_new_tokens,
             tenant=request.tenant,
             find_prefix=not scored,
-            one_by_one=request.stream,
+            # A guide must see a token before it can say what may follow.
+            one_by_one=request.stream or request.guide is not None,
         )
-        self._records[ticket] = _Record(request, sequence, [None] * len(ids) if scored else None)
+        record = _Record(request, sequence, [None] * len(ids) if scored else None)
+        if request.guide is not None:
+            record.mask_W = request.guide.mask()
+        self._records[ticket] = record
         self.scheduler.add(sequence)
         return ticket
 
@@ -198,7 +206,12 @@ class Engine:
             record = self._records[sequence.ticket]
             record.admitted = record.admitted or time.perf_counter()
             owner = (sequence.ticket, sequence.preempted)
-            self._table.enter(sequence.row, owner, record.request.sampling, sequence.prompt)
+            sampling, row = record.request.sampling, sequence.row
+            if self._table.enter(row, owner, sampling, sequence.prompt) and needs_counts(sampling):
+                # The others of a row that lost its pages are counted as they are fed again.
+                self._device.begin_count(row, sequence.new[0] if sequence.new else steps.NO_TOKEN)
+            if record.mask_W is not None:
+                self._table.allow(row, record.mask_W)
             self._table.list_pages(sequence.row, sequence.pages)
         self._table.leave({sequence.row for sequence in self.scheduler.running})
 
@@ -292,10 +305,24 @@ class Engine:
         reason, error = _REASONS.get(int(reason_B[row])), None
         if reason == "error":
             error = f"the logits after token {sequence.length} are not finite"
+        if record.request.guide is not None and reason is None:
+            reason, error = self._follow(record, new)
         if reason is not None:
             yield self._end(record, reason, error, new, logprobs)
         elif new:
             yield self._update(record, new, logprobs)
+
+    def _follow(self, record: _Record, new: list[int]) -> tuple[str | None, str | None]:
+        """Tell the guide of a row what came; how the row ends if the guide cannot go on."""
+        guide = record.request.guide
+        assert guide is not None
+        try:
+            for token in new:
+                guide.accept(token)
+            record.mask_W = guide.mask()
+        except DataError as error:
+            return "error", str(error)
+        return None, None
 
     def _update(self, record: _Record, new: list[int], logprobs: list[Entry] | None) -> Update:
         """An update; the prompt's log-probabilities go with the first one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,16 @@ from dsv3_jax.inference.sampling import TokenLogprobs
 Entry = dict[str, Any]
 
 
+class Follower(Protocol):
+    """Structured output, e.g. `guides.Guide`."""
+
+    def mask(self) -> np.ndarray:
+        """uint32 [W]: ids that may come next (`Adjustments.mask_BW`). Raises DataError when that cannot be said."""
+
+    def accept(self, token_id: int) -> None:
+        """Take the id that came. Raises DataError when it may not."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A prompt as token ids and how to continue it.
@@ -24,6 +34,7 @@ class Request:
       index: the caller's.
       tenant: whose cached prefixes the prompt may use; no tenant can tell what another has cached.
       stream: every token is wanted as soon as it is known; else a step may bring several.
+      guide: says which ids may come next, and is told what came; of this request alone.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -31,6 +42,7 @@ class Request:
     index: int = 0
     tenant: str = ""
     stream: bool = False
+    guide: Follower | None = None
 
 
 @dataclasses.dataclass

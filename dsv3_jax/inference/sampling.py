@@ -69,26 +69,56 @@ def ends_row(token_B: Array, options: RowOptions, eos_ids: Array) -> Array:
     return jnp.any(token_B[:, None] == ending_ids(options, eos_ids), axis=-1)
 
 
+@struct.dataclass
+class Choosing:
+    """How every row chooses its next token.
+
+    Attributes:
+      adjusting: bool, whether any row has something done to its logits.
+    """
+
+    options: RowOptions
+    changes: Adjustments
+    adjusting: Array
+
+
+def choose(
+    logits_BV: Array,
+    choosing: Choosing,
+    count_BV: Array,
+    positions_B: Array,
+    vocab_limit: int,
+    eos_ids: Array,
+) -> Array:
+    """int32 [B]: the token for `positions_B`, from the logits after what is to be done to them (`adjust`, `sample`).
+
+    Args:
+      count_BV: how often each row has produced each id.
+      eos_ids: ids that end a row.
+    """
+    options = choosing.options
+    logits_BV = jax.lax.cond(
+        choosing.adjusting,
+        lambda: adjust(logits_BV, choosing.changes, count_BV, positions_B, ending_ids(options, eos_ids)),
+        lambda: logits_BV,
+    )
+    return sample(logits_BV, options, positions_B, vocab_limit)
+
+
 def sample(
     logits_BV: Array,
     options: RowOptions,
     positions_B: Array,
     vocab_limit: int,
-    adjustments: Adjustments | None = None,
-    eos_ids: Array | None = None,
 ) -> Array:
     """int32 [B]: the token for `positions_B`, from float32 logits.
 
-    The logits are changed by `adjustments` first, if given; `eos_ids` then says what ends a row.
     Greedy rows take the largest logit, the lowest id among equals. The others draw from
     softmax(logits / temperature) limited to the `top_k` largest, then to the smallest set of the largest whose
     probability reaches `top_p`, then to tokens with at least `min_p` times the largest probability.
     Ids from `vocab_limit` on are never chosen.
     """
     V = logits_BV.shape[1]
-    if adjustments is not None:
-        assert eos_ids is not None, "adjustments need the ids that end a row"
-        logits_BV = adjust(logits_BV, adjustments, positions_B, ending_ids(options, eos_ids))
     if vocab_limit < V:
         logits_BV = jnp.where(jnp.arange(V)[None, :] < vocab_limit, logits_BV, -jnp.inf)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

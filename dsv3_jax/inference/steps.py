@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from dsv3_jax.config import AUTO_KERNELS, Kernels, ModelConfig
-from dsv3_jax.inference.sampling import RowOptions, TokenLogprobs, ends_row, sample, token_logprobs
+from dsv3_jax.inference.adjustments import counted
+from dsv3_jax.inference.sampling import Choosing, TokenLogprobs, choose, ends_row, token_logprobs
 from dsv3_jax.inference.weights import Weights, kinds
 from dsv3_jax.model import PagedCache, Transformer
 from dsv3_jax.model.attention import Context
@@ -42,11 +43,13 @@ class Memory:
       latent_NPJ, index_NPZ: the pages of all layers (`PagedCache`).
       counts_LE: int32 tokens sent to each expert of each expert layer since they were last read; None without
         experts.
+      count_BV: int32, how often each row has produced each id; read for rows with penalties.
     """
 
     latent_NPJ: Array
     index_NPZ: Array | None
     counts_LE: Array | None
+    count_BV: Array
 
 
 @struct.dataclass
@@ -185,20 +188,23 @@ def score(
 def first(
     cfg: ModelConfig,
     sizes: Sizes,
+    memory: Memory,
     state: State,
     top: Variables,
     hidden_BD: Array,
-    options: RowOptions,
+    choosing: Choosing,
     eos_ids: Array,
     wanted: Array,
-) -> tuple[Array, Produced]:
+) -> tuple[Memory, Array, Produced]:
     """The first new token of every live row, from the last hidden state of its prompt; one step.
 
-    Returns the reasons [B] and the tokens.
+    Returns memory (donated), the reasons [B] and the tokens.
     """
     no_B = jnp.full(state.token_B.shape, NO_TOKEN, jnp.int32)
-    state, produced = _advance(cfg, sizes, top, state, hidden_BD, no_B, options, eos_ids, wanted)
-    return state.reason_B, jax.tree.map(lambda x: x[None], produced)
+    memory, state, produced = _advance(
+        cfg, sizes, top, memory, state, hidden_BD, no_B, choosing, eos_ids, wanted
+    )
+    return memory, state.reason_B, jax.tree.map(lambda x: x[None], produced)
 
 
 def decode(
@@ -209,7 +215,7 @@ def decode(
     state: State,
     tables_BM: Array,
     known_TB: Array,
-    options: RowOptions,
+    choosing: Choosing,
     eos_ids: Array,
     wanted: Array,
     limit: Array,
@@ -241,7 +247,9 @@ def decode(
             x_BTD, memory = _layer(cfg, kind, sizes, x_BTD, memory, variables, ctx, tables_BM, at)
         hidden_BD = _final_norm(cfg, weights.top, x_BTD)[:, 0]
         known_B = jax.lax.dynamic_index_in_dim(known_TB, i, keepdims=False)
-        state, new = _advance(cfg, sizes, weights.top, state, hidden_BD, known_B, options, eos_ids, wanted)
+        memory, state, new = _advance(
+            cfg, sizes, weights.top, memory, state, hidden_BD, known_B, choosing, eos_ids, wanted
+        )
         produced = jax.tree.map(lambda all_, one: all_.at[i].set(one), produced, new)
         return i + 1, memory, state, produced
 
@@ -264,21 +272,23 @@ def _advance(
     cfg: ModelConfig,
     sizes: Sizes,
     top: Variables,
+    memory: Memory,
     state: State,
     hidden_BD: Array,
     known_B: Array,
-    options: RowOptions,
+    choosing: Choosing,
     eos_ids: Array,
     wanted: Array,
-) -> tuple[State, Produced]:
+) -> tuple[Memory, State, Produced]:
     """Choose the next token of every live row from the hidden state of its last one, unless it is known."""
     logits_BV = _logits(cfg, top, hidden_BD[:, None])[:, 0]
     position_B = state.position_B + 1
     known = known_B != NO_TOKEN
-    token_B = jnp.where(known, known_B, sample(logits_BV, options, position_B, sizes.vocab_limit))
+    chosen_B = choose(logits_BV, choosing, memory.count_BV, position_B, sizes.vocab_limit, eos_ids)
+    token_B = jnp.where(known, known_B, chosen_B)
     live_B = state.reason_B == LIVE
     finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
-    ends_B = ends_row(token_B, options, eos_ids) & ~known
+    ends_B = ends_row(token_B, choosing.options, eos_ids) & ~known
     gives_B = live_B & finite_B & ~ends_B
     left_B = state.left_B - gives_B.astype(jnp.int32)
     reason_B = jnp.where(live_B & ends_B, STOP, state.reason_B)
@@ -291,7 +301,8 @@ def _advance(
         left_B=left_B,
         reason_B=reason_B,
     )
-    return new, Produced(given_B, _logprobs(sizes.logprobs, logits_BV, given_B, wanted))
+    memory = dataclasses.replace(memory, count_BV=counted(memory.count_BV, given_B))
+    return memory, new, Produced(given_B, _logprobs(sizes.logprobs, logits_BV, given_B, wanted))
 
 
 def _logprobs(count: int | None, logits_BV: Array, tokens_B: Array, wanted: Array) -> TokenLogprobs | None:
@@ -325,7 +336,10 @@ def _layer(
     counts_LE = memory.counts_LE
     if routing is not None and counts_LE is not None:
         counts_LE = counts_LE.at[layer - cfg.num_dense_layers].add(routing.counts_E.astype(jnp.int32))
-    return x_BTD, Memory(cache.latent_NPJ, cache.index_NPZ, counts_LE)
+    memory = dataclasses.replace(
+        memory, latent_NPJ=cache.latent_NPJ, index_NPZ=cache.index_NPZ, counts_LE=counts_LE
+    )
+    return x_BTD, memory
 
 
 def _context(cfg: ModelConfig, positions_BT: Array) -> Context:

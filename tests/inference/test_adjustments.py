@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,10 +13,9 @@ import pytest
 
 from dsv3_jax.errors import DataError
 from dsv3_jax.inference.adjustments import (
-    COUNT_CHUNK,
     Adjustments,
     adjust,
-    count_ids,
+    begin_count,
     counted,
     make_adjustments,
     needs_adjusting,
@@ -24,25 +24,35 @@ from dsv3_jax.inference.adjustments import (
     unpack,
 )
 from dsv3_jax.inference.options import Sampling, check, check_ids
-from dsv3_jax.inference.sampling import ends_row, row_options, sample
+from dsv3_jax.inference.sampling import RowOptions, ending_ids, ends_row, row_options, sample
 
 V = 70
 """Not a multiple of 32: the last word of a mask is partly used."""
 
 EOS = np.array([3, 9], np.int32)
 KEY = np.array([1, 2], np.uint32)
-_adjust, _sample = jax.jit(adjust), jax.jit(sample, static_argnums=3)
-_count = jax.jit(count_ids)
+_adjust, _begin, _counted = jax.jit(adjust), jax.jit(begin_count), jax.jit(counted)
+Row = tuple[Sampling, list[int], list[int]]
 
 
-def adjustments(rows: list[tuple[Sampling, list[int], list[int]]], masks: Any = None) -> Adjustments:
+@functools.partial(jax.jit, static_argnums=5)
+def _sample(
+    logits: Any, options: RowOptions, positions: Any, changes: Adjustments, count: Any, top: int
+) -> Any:
+    adjusted = adjust(logits, changes, count, positions, ending_ids(options, jnp.asarray(EOS)))
+    return sample(adjusted, options, positions, top)
+
+
+def adjustments(rows: list[Row], masks: Any = None) -> tuple[Adjustments, Any]:
     """Of rows given as options, prompt and produced ids; counted as the engine would."""
     count_BV = jnp.full((len(rows), V), 77, jnp.int32)  # what other rows left there
     for b, (_, _, new) in enumerate(rows):
-        ids = np.full(COUNT_CHUNK, -1, np.int32)
-        ids[: len(new)] = new
-        count_BV = _count(count_BV, b, ids, True)
-    return make_adjustments([(s, np.asarray(ids)) for s, ids, _ in rows], V, count_BV, masks)
+        count_BV = _begin(count_BV, b, new[0] if new else -1)
+        for index in new[1:]:
+            token_B = np.full(len(rows), -1, np.int32)
+            token_B[b] = index
+            count_BV = _counted(count_BV, token_B)
+    return make_adjustments([(s, np.asarray(ids)) for s, ids, _ in rows], V, masks), count_BV
 
 
 def oracle(
@@ -93,7 +103,7 @@ def test_adjusted_logits_are_those_of_the_formulas(seed: int) -> None:
     ending = np.concatenate(
         [np.where(options.stop_at_eos_B[:, None], EOS[None], -1), options.stop_ids_BS], axis=1
     )
-    found = np.asarray(_adjust(logits, adjustments(rows, masks), positions, ending))
+    found = np.asarray(_adjust(logits, *adjustments(rows, masks), positions, ending))
     for b, (sampling, prompt, new) in enumerate(rows):
         want = oracle(logits[b], sampling, prompt, new, allowed[b])
         assert (np.isneginf(found[b]) == np.isneginf(want)).all()
@@ -108,24 +118,20 @@ def test_a_row_that_asks_for_nothing_keeps_its_bits_and_a_row_does_not_see_the_o
     logits[1, :2] = [0.0, -0.0]
     none = np.full((4, 1), -1, np.int32)
     positions = np.full(4, 40, np.int32)
-    found = np.asarray(_adjust(logits, adjustments(rows), positions, none))
+    found = np.asarray(_adjust(logits, *adjustments(rows), positions, none))
     assert found[1].tobytes() == logits[1].tobytes()
-    turned = np.asarray(_adjust(logits[::-1], adjustments(rows[::-1]), positions, none))
+    turned = np.asarray(_adjust(logits[::-1], *adjustments(rows[::-1]), positions, none))
     assert turned[::-1].tobytes() == found.tobytes()
 
 
 def test_counts_follow_what_is_produced_and_start_again_with_a_row() -> None:
-    found = adjustments([(Sampling(frequency_penalty=1.0), [1], [4, 4, 9]), (Sampling(), [1], [])])
-    assert np.asarray(found.count_BV)[0, [4, 9, 5]].tolist() == [2, 1, 0]
-    found = counted(found, jnp.asarray([4, -1]))
-    assert np.asarray(found.count_BV)[0, [4, 9]].tolist() == [3, 1]
-    assert not np.asarray(found.count_BV)[1].any()  # -1 produced nothing
-    ids = np.full(COUNT_CHUNK, -1, np.int32)
-    ids[:2] = 9
-    more = np.asarray(_count(found.count_BV, 0, ids, False))
-    assert more[0, [4, 9]].tolist() == [3, 3]
-    again = np.asarray(_count(found.count_BV, 0, ids, True))
-    assert again[0, [4, 9]].tolist() == [0, 2] and again[0].sum() == 2
+    _, count = adjustments([(Sampling(), [1], [4, 4, 9]), (Sampling(), [1], [])])
+    assert np.asarray(count)[0, [4, 9, 5]].tolist() == [2, 1, 0]
+    count = _counted(count, jnp.asarray([4, -1]))
+    assert np.asarray(count)[0, [4, 9]].tolist() == [3, 1]
+    assert not np.asarray(count)[1].any(), "-1 produced nothing"
+    again = np.asarray(_begin(count, 0, 9))
+    assert again[0, [4, 9]].tolist() == [0, 1] and again.sum() == 1
 
 
 def test_penalties_steer_a_greedy_row_step_by_step() -> None:
@@ -133,13 +139,13 @@ def test_penalties_steer_a_greedy_row_step_by_step() -> None:
     logits = np.full((1, V), -9, np.float32)
     logits[0, [10, 11, 12]] = 5.0, 4.4, 3.0
     sampling = Sampling(frequency_penalty=1.0)
-    adjusted = adjustments([(sampling, [10], [])])
+    changes, count = adjustments([(sampling, [10], [])])
     options = row_options([sampling], [KEY])
     produced = []
     for step in range(6):
-        token = _sample(logits, options, jnp.asarray([1 + step]), V, adjusted, EOS)
+        token = _sample(logits, options, jnp.asarray([1 + step]), changes, count, V)
         produced.append(int(token[0]))
-        adjusted = counted(adjusted, token)
+        count = _counted(count, token)
     # The logits of 10, 11, 12 are in turn 5 4.4 3, 4 4.4 3, 4 3.4 3, 3 3.4 3, 3 2.4 3 (lowest id), 2 2.4 3.
     assert produced == [10, 11, 10, 11, 10, 12]
 
@@ -150,10 +156,10 @@ def test_min_tokens_forbids_every_id_that_ends_the_row_until_then() -> None:
     logits[0, [3, 9, 20, 30]] = 9, 8, 7, 6
     options = row_options([sampling], [KEY])
     adjusted = adjustments([(sampling, [1, 1, 1], [])])
-    tokens = [int(_sample(logits, options, jnp.asarray([p]), V, adjusted, EOS)[0]) for p in (3, 4, 5)]
+    tokens = [int(_sample(logits, options, jnp.asarray([p]), *adjusted, V)[0]) for p in (3, 4, 5)]
     assert tokens == [30, 30, 3]
     on = row_options([dataclasses.replace(sampling, ignore_eos=True)], [KEY])
-    assert int(_sample(logits, on, jnp.asarray([3]), V, adjusted, EOS)[0]) == 3  # that ends nothing there
+    assert int(_sample(logits, on, jnp.asarray([3]), *adjusted, V)[0]) == 3  # that ends nothing there
 
 
 def test_where_only_the_end_is_allowed_it_comes_before_min_tokens() -> None:
@@ -161,7 +167,7 @@ def test_where_only_the_end_is_allowed_it_comes_before_min_tokens() -> None:
     logits = np.zeros((2, V), np.float32)
     options = row_options([sampling] * 2, [KEY] * 2)
     adjusted = adjustments([(sampling, [1], [])] * 2, [pack_ids([9], V), None])
-    tokens = _sample(logits, options, jnp.asarray([1, 1]), V, adjusted, EOS).tolist()
+    tokens = _sample(logits, options, jnp.asarray([1, 1]), *adjusted, V).tolist()
     assert tokens == [9, 0]
 
 
@@ -206,7 +212,7 @@ def test_frequencies_follow_the_adjusted_distribution(top_p: float) -> None:
     one = adjustments([(sampling, prompt, new)], [pack_ids(sorted(allowed), V)])
     many = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), one)
     options = row_options([sampling] * rows, [np.array([b, 5], np.uint32) for b in range(rows)])
-    tokens = _sample(jnp.broadcast_to(logits, (rows, V)), options, jnp.full(rows, 6), V, many, EOS)
+    tokens = _sample(jnp.broadcast_to(logits, (rows, V)), options, jnp.full(rows, 6), *many, V)
     x = oracle(logits, sampling, prompt, new, allowed) / sampling.temperature
     p = np.exp(x - x.max())
     p /= p.sum()
@@ -225,7 +231,7 @@ def test_a_penalty_cannot_make_a_logit_infinite() -> None:
     logits = np.full((1, V), -3e38, np.float32)
     logits[0, 5] = 3e38
     adjusted = adjustments([(Sampling(repetition_penalty=0.01), [5], []), (Sampling(), [5], [])])
-    found = _adjust(np.repeat(logits, 2, axis=0), adjusted, np.zeros(2, np.int32), np.full((2, 1), -1))
+    found = _adjust(np.repeat(logits, 2, axis=0), *adjusted, np.zeros(2, np.int32), np.full((2, 1), -1))
     assert np.isfinite(found).all() and int(jnp.argmax(found[0])) == 5
 
 

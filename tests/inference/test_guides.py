@@ -13,15 +13,20 @@ import numpy as np
 import pytest
 
 from dsv3_jax.errors import ConfigError, DataError
-from dsv3_jax.inference.adjustments import make_adjustments, mask_words
+from dsv3_jax.inference.adjustments import Adjustments, adjust, make_adjustments, mask_words
 from dsv3_jax.inference.guides import MAX_CHOICES, MAX_REGEX, MAX_SCHEMA_BYTES, Guide, Guides
 from dsv3_jax.inference.options import Sampling
-from dsv3_jax.inference.sampling import row_options, sample
+from dsv3_jax.inference.sampling import RowOptions, ending_ids, row_options, sample
 from dsv3_jax.text import Tokenizer
 
 pytest.importorskip("llguidance", reason="structured output needs the `serve` extra")
 
-_sample = jax.jit(sample, static_argnums=3)
+
+@jax.jit
+def _sample(logits: Any, options: RowOptions, changes: Adjustments, count: Any, step: Any, eos: Any) -> Any:
+    positions = step[None] + 1
+    adjusted = adjust(logits, changes, count, positions, ending_ids(options, eos))
+    return sample(adjusted, options, positions, logits.shape[1])[0]
 
 
 class Kind:
@@ -75,10 +80,10 @@ def sampled(kind: Kind, guide: Guide, seed: int, most: int = 400) -> str:
         assert not allowed[kind.forbidden].any(), "a control token is allowed"
         assert not allowed[kind.tokenizer.vocab_size :].any(), "an id beyond the tokenizer is allowed"
         assert allowed[list(kind.eos)].any() == guide.complete
-        changes = make_adjustments([(sampling, np.array([5]))], kind.vocab, count, [mask])
+        changes = make_adjustments([(sampling, np.array([5]))], kind.vocab, [mask])
         logits = (rng.normal(size=kind.vocab) + kind.bonus).astype(np.float32)
         eos = np.asarray(kind.eos, np.int32)
-        token = int(_sample(logits[None], options, jnp.asarray([1 + step]), kind.vocab, changes, eos)[0])
+        token = int(_sample(logits[None], options, changes, count, step, eos))
         guide.accept(token)
         if token in kind.eos:
             return kind.tokenizer.decode(ids)

@@ -41,11 +41,11 @@ def test_logits_are_those_of_the_processors(seed: int) -> None:
     bias = {int(index): float(rng.normal()) for index in rng.choice(V, 3, replace=False)}
     least = int(rng.integers(2, 7))
     sampling = Sampling(repetition_penalty=penalty, logit_bias=tuple(bias.items()), min_tokens=least)
-    found = make_adjustments([(sampling, np.asarray(prompt))], V, jnp.zeros((1, V), jnp.int32))
+    changes, count = make_adjustments([(sampling, np.asarray(prompt))], V), jnp.zeros((1, V), jnp.int32)
     for index in new:
-        found = counted(found, jnp.asarray([index]))
+        count = counted(count, jnp.asarray([index]))
     position = np.array([len(prompt) + len(new)], np.int32)
-    ours = np.asarray(adjust(logits[None], found, position, np.array([EOS], np.int32)))[0]
+    ours = np.asarray(adjust(logits[None], changes, count, position, np.array([EOS], np.int32)))[0]
     want = theirs(
         logits,
         prompt + new,
