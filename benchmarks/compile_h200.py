@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import sys
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -63,12 +62,14 @@ def chosen(only: list[str], quick: bool) -> tuple[list[Case], list[Program]]:
     )
 
 
-QUICK = "decode 16B-A3B batch 64 slots 2048 mosaic"
+QUICK = "decode 16B-A3B, 6 layers, 64 rows of 1024 mosaic"
 
 
 def main() -> int:
     """Compile, check, tell; 1 when a rule is broken."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--only", action="append", default=[], metavar="WORD")
@@ -77,7 +78,9 @@ def main() -> int:
         print(f"NOT RUN: {reason}")
         return 0 if os.environ.get("CI") else 2
     path = RESULTS / f"{NAME}.json"
-    before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"kernels": {}, "programs": {}}
+    before: dict[str, Any] = (
+        json.loads(path.read_text()) if path.is_file() else {"kernels": {}, "programs": {}}
+    )
     kernels: Rows = {}
     programs: Rows = {}
     wrong: list[str] = []

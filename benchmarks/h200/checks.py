@@ -11,8 +11,6 @@ from typing import Any
 
 from benchmarks.h200.compiler import SHARED_LIMIT, Report
 from benchmarks.h200.programs import Program
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.planning.collectives import parse
 from dsv3_jax.planning.hlo import SHAPE, Instruction, bytes_of, computations_of
 
 TOLERANCE = 0.05  # of the recorded temporary bytes
@@ -51,10 +49,9 @@ def of_program(report: Report, program: Program) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product: its floating-point operations and all sizes of its result and sides."""
+    """A matrix product: its floating-point operations and the JAX operation it comes from."""
 
     flops: int
-    sizes: frozenset[int]
     where: str
 
 
@@ -66,12 +63,11 @@ def products(text: str) -> Iterator[Product]:
             contracted = _contracted(one)
             if contracted is None:
                 continue
-            left, right = (_dims(instructions[name].type) for name in one.operands[:2])
-            # A cuBLAS call's result may be a tuple with its workspace.
-            out = _dims(one.type)
-            flops = 2 * math.prod(out) * math.prod(left[d] for d in contracted)
+            left = _dims(instructions[one.operands[0]].type)
+            # A cuBLAS call's result may be a tuple with its workspace: the first part is meant.
+            flops = 2 * math.prod(_dims(one.type)) * math.prod(left[d] for d in contracted)
             where = re.search(r'op_name="([^"]*)"', one.rest)
-            yield Product(flops, frozenset((*out, *left, *right)), where[1] if where else one.name)
+            yield Product(flops, where[1] if where else "experts?")
 
 
 def _dims(type_text: str) -> list[int]:
@@ -94,34 +90,35 @@ def _contracted(one: Instruction) -> list[int] | None:
 
 
 def dense_products(text: str, program: Program) -> list[str]:
-    """Products as large as one over all experts for every token, whatever its shape; the vocabulary's are not meant."""
+    """Products of the expert layers as large as one over all experts for every token, whatever their shapes."""
     cfg = program.model
     each = program.tokens * cfg.n_routed_experts // program.expert
     limit = 2 * each * cfg.moe_intermediate_size * cfg.hidden_size
     return [
         f"{product.where}: a product of {product.flops:.2e} operations; all experts on all tokens take {limit:.2e}"
         for product in products(text)
-        if product.flops >= limit and cfg.vocab_size not in product.sizes
+        if product.flops >= limit and "experts" in product.where
     ]
 
 
-def expert_bytes(cfg: ModelConfig, expert: int) -> set[int]:
-    """Bytes of this device's expert weights, of one layer and of all, gate-up and down, in both types."""
-    each = cfg.n_routed_experts // expert * cfg.moe_intermediate_size * cfg.hidden_size
-    stacks = {1, cfg.num_moe_layers, max(cfg.num_nextn_predict_layers, 1)}
-    return {each * matrices * layers * size for matrices in (1, 2) for layers in stacks for size in (2, 4)}
+TRAVELS = ("all-gather", "all-gather-start", "all-to-all", "collective-permute", "collective-permute-start")
 
 
 def gathered_experts(text: str, program: Program) -> list[str]:
-    """Expert weights that travel between devices."""
-    if program.expert == 1:
-        return []
-    meant = expert_bytes(program.model, program.expert)
-    return [
-        f"{one.where}: {one.kind} of {one.operand_bytes:,} bytes, an expert weight"
-        for one in parse(text, program.expert)
-        if one.kind in ("all-gather", "all-to-all", "collective-permute") and one.operand_bytes in meant
-    ]
+    """Expert weights that travel between devices: operands with both widths of an expert among their sizes."""
+    cfg = program.model
+    width = cfg.moe_intermediate_size
+    found = []
+    computations, _ = computations_of(text)
+    for instructions in computations.values():
+        for one in instructions.values():
+            if one.opcode not in TRAVELS:
+                continue
+            for name in one.operands:
+                sizes = _dims(instructions[name].type) if name in instructions else []
+                if cfg.hidden_size in sizes and (width in sizes or 2 * width in sizes):
+                    found.append(f"{one.name}: {one.opcode} of {sizes}, an expert weight")
+    return found
 
 
 def cache_copies(text: str, program: Program) -> list[str]:

@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,10 @@ import jax.numpy as jnp
 from benchmarks.h200.compiler import Report, compile_for_h200, devices, on_one_device
 from dsv3_jax.config import MeshConfig, ModelConfig, RunConfig, TrainingConfig, parse_kernels
 from dsv3_jax.hf.any_config import load_model_config
-from dsv3_jax.model import Transformer, abstract_variables, make_cache
+from dsv3_jax.inference import steps
+from dsv3_jax.inference.table import RowTable
+from dsv3_jax.inference.weights import unstack_layers
+from dsv3_jax.model import abstract_variables, make_pages
 from dsv3_jax.parallel import make_mesh
 from dsv3_jax.training.step import abstract_state, batch_sharding, make_train_step
 
@@ -76,51 +78,61 @@ def train(name: str, model: ModelConfig, mesh: MeshConfig, count: int, batch: in
         abstract = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=batch_sharding(over))
         names = ("tokens_BT", "targets_BT", "segments_BT", "positions_BT")
         state = abstract_state(cfg, over)
-        return compile_for_h200(make_train_step(cfg, over), state, dict.fromkeys(names, abstract), donate=(0,))
+        return compile_for_h200(
+            make_train_step(cfg, over), state, dict.fromkeys(names, abstract), donate=(0,)
+        )
 
     return Program(
         f"train {name} {kernels}", compiled, model, batch * length // count, mesh.expert, kernels=kernels
     )
 
 
-def decode_step(model: ModelConfig, kernels: str, variables: Any, cache: Any, tokens_B: Any, positions_B: Any):
-    """One greedy token for every row; the cache is donated."""
-    module = Transformer(model, "absorbed", kernels=parse_kernels(kernels))
-    out = module.apply(variables, tokens_B[:, None], positions_BT=positions_B[:, None], cache=cache)
-    logits_BTV = module.apply(variables, out.hidden_BTD, method="logits")
-    return jnp.argmax(logits_BTV[:, 0], axis=-1), out.cache
-
-
-def decode(name: str, model: ModelConfig, batch: int, slots: int, kernels: str) -> Program:
-    """A decode step over a dense latent cache, weights in the compute type."""
-    cache = jax.eval_shape(functools.partial(make_cache, model, batch, slots, dtype=model.dtype))
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+def decode(name: str, model: ModelConfig, rows: int, context: int, kernels: str) -> Program:
+    """The engine's decode call: a device loop over tokens of all rows; every row has pages for `context` tokens."""
+    page, width = 64, context // 64
+    pages = rows * width + 1
+    latent, index = jax.eval_shape(functools.partial(make_pages, model, pages, page, dtype=model.dtype))
+    counts = jax.ShapeDtypeStruct((model.num_moe_layers, model.n_routed_experts), jnp.int32)
 
     def compiled() -> Report:
+        sizes = steps.Sizes(pages, model.vocab_size, None, 16, parse_kernels(kernels))
         variables = abstract_variables(model)
-        weights = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), variables["params"]
+        weights = jax.eval_shape(functools.partial(unstack_layers, model), variables)
+        row, flag = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool_)
+        arguments = (
+            steps.Memory(latent, index, counts),
+            weights,
+            steps.State(row, row, row, row),
+            jax.ShapeDtypeStruct((rows, width), jnp.int32),
+            jax.ShapeDtypeStruct((sizes.steps, rows), jnp.int32),
+            jax.eval_shape(RowTable(rows, width).options),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            flag,
+            jax.ShapeDtypeStruct((), jnp.int32),
+            flag,
         )
-        row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        arguments = on_one_device((variables | {"params": weights}, cache, row, row))
-        return compile_for_h200(functools.partial(decode_step, model, kernels), *arguments, donate=(1,))
+        call = functools.partial(steps.decode, model, sizes)
+        return compile_for_h200(call, *on_one_device(arguments), donate=(0,))
 
+    full = f"decode {name}, {rows} rows of {context} {kernels}"
+    cache_bytes = math.prod(latent.shape) * latent.dtype.itemsize
     operations = ("latent_attention", "grouped_matmul")
-    full = f"decode {name} batch {batch} slots {slots} {kernels}"
-    return Program(full, compiled, model, batch, 1, size, operations, kernels)
+    return Program(full, compiled, model, rows, 1, cache_bytes, operations, kernels)
 
 
 def all_programs() -> list[Program]:
     """Every whole program, with XLA's references and with the Mosaic kernels."""
     moonlight, _ = load_model_config(CONFIGS / "moonlight-16b-a3b.yaml")
-    moonlight = dataclasses.replace(moonlight, dtype="bfloat16", num_nextn_predict_layers=0)
+    # Decoding has no scan over layers, so that compiling grows with them.
+    moonlight = dataclasses.replace(moonlight, num_hidden_layers=6)
     programs = []
     for kernels in ("reference", "mosaic"):
         programs += [
             train("2B 8x4096, 1 device", MODEL_2B, MeshConfig(fsdp=1), 1, 8, kernels),
             train("2B 64x4096, 8 devices", MODEL_2B, MeshConfig(expert=8, fsdp=1), 8, 64, kernels),
             train("V3 slice 8x4096, 8 devices", MODEL_V3_SLICE, MeshConfig(expert=8, fsdp=1), 8, 8, kernels),
-            decode("16B-A3B", moonlight, 64, 2048, kernels),
-            decode("16B-A3B", moonlight, 64, 8192, kernels),
+            decode("16B-A3B, 6 layers", moonlight, 1, 1024, kernels),
+            decode("16B-A3B, 6 layers", moonlight, 64, 1024, kernels),
+            decode("16B-A3B, 6 layers", moonlight, 64, 8192, kernels),
         ]
     return programs
