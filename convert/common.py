@@ -14,7 +14,9 @@ from dsv3_jax.errors import run_main
 
 Dtype = Literal["keep", "bfloat16", "float32"]
 
-SAFETENSORS_NAMES = {"keep": "keep", "bfloat16": "BF16", "float32": "F32"}
+ExportDtype = Literal["keep", "bfloat16", "float32", "fp8"]
+
+SAFETENSORS_NAMES = {"keep": "keep", "bfloat16": "BF16", "float32": "F32", "fp8": "F8_E4M3"}
 TORCH_NAMES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
 
 

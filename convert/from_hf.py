@@ -2,8 +2,8 @@
 
     python -m convert.from_hf SRC_DIR DST_DIR [--dtype keep|bfloat16|float32] [--force]
 
-`keep` stores every tensor in its own dtype and records it, so that `convert.to_hf` gives the same bytes back. FP8
-weights are dequantised (float32 arithmetic, rounded once) to bfloat16, or to the dtype asked for. A killed
+`keep` stores every tensor as it is and records it, so that `convert.to_hf` gives the same bytes back; FP8 weights stay
+codes and scales. With another dtype they are dequantised (float32 arithmetic, rounded once). A killed
 conversion goes on where it was when it is started again; DST_DIR appears when it is complete.
 """
 
@@ -20,7 +20,8 @@ from dsv3_jax.checkpoint import layout
 from dsv3_jax.checkpoint.atomic import check_apart, on_disk
 from dsv3_jax.checkpoint.jobs import Conversion, Job, check_early
 from dsv3_jax.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from dsv3_jax.checkpoint.native import chunk_shapes, copy_files, tree_record, write_model_config
+from dsv3_jax.checkpoint.native import copy_files, tree_record, write_model_config
+from dsv3_jax.checkpoint.quantized import Stored, stored_arrays
 from dsv3_jax.checkpoint.source import Source, open_source, travelling_files
 from dsv3_jax.checkpoint.store import skeleton_is_whole, write_skeleton
 from dsv3_jax.errors import ConfigError
@@ -64,7 +65,7 @@ def convert(
         "config": text_digest((src / "config.json").read_text(encoding="utf-8")),
     }
     # Chunks in whole blocks, two lines of text for each, two small files a leaf.
-    needed = sum(on_disk(job.nbytes) + 512 for job in jobs) + 8192 * len(dtypes.leaves)
+    needed = sum(on_disk(job.nbytes) + 512 for job in jobs) + 8192 * (len(dtypes.leaves) + len(dtypes.formats))
     with Conversion(dst, plan, force=force, nbytes=needed) as conversion:
         if conversion.already_done:
             return read_manifest(dst)
@@ -78,7 +79,8 @@ def convert(
         manifest = write_manifest(
             out,
             kind="weights",
-            tree=tree_record(_leaves(source, dtypes)),
+            tree=tree_record(_arrays(source, dtypes)),
+            quantization=dtypes.formats,
             hf_dtypes=compact(source, dtypes),
             aliases=source.aliases,
             hashed={job.file: records[job.key] for job in jobs},
@@ -89,32 +91,38 @@ def convert(
     return manifest
 
 
-def _leaves(source: Source, dtypes: Dtypes) -> dict[str, object]:
-    import jax
-
-    return {
-        path: jax.ShapeDtypeStruct(leaf.shape, DTYPES[dtypes.leaves[path]])
-        for path, leaf in flatten_paths(source.abstract).items()
+def _arrays(source: Source, dtypes: Dtypes) -> dict[str, Stored]:
+    scales = {
+        entry.path: scale.dtype
+        for entry in source.entries
+        if entry.path in dtypes.formats and (scale := source.tensors[entry.name].scale) is not None
     }
+    leaves = flatten_paths(source.abstract)
+    return stored_arrays(source.entries, leaves, dtypes.leaves, dtypes.formats, scales)
 
 
 def _skeleton(conversion: Conversion, source: Source, dtypes: Dtypes) -> None:
-    leaves, chunks = _leaves(source, dtypes), chunk_shapes(source.entries)
+    arrays = _arrays(source, dtypes)
+    chunks = {path: array.chunk for path, array in arrays.items()}
     item = conversion.out / layout.WEIGHTS
-    if conversion.resumed and skeleton_is_whole(item, leaves, chunks):
+    if conversion.resumed and skeleton_is_whole(item, arrays, chunks):
         return
     conversion.restart()
-    write_skeleton(item, {"params": {}, "router": {}, **unflatten_paths(leaves)}, chunks)
+    write_skeleton(item, {"params": {}, "router": {}, **unflatten_paths(arrays)}, chunks)
 
 
 def _jobs(source: Source, dtypes: Dtypes) -> list[Job]:
     jobs = []
     for entry in source.entries:
         tensor, stored = source.tensors[entry.name], dtypes.leaves[entry.path]
-        index = (*entry.index, *(0,) * len(entry.block_shape))
-        file = layout.leaf_folder(Path(layout.WEIGHTS), entry.path) / layout.chunk_name(index)
+        if entry.path in dtypes.formats:
+            for part, info in tensor.parts.items():
+                file = layout.chunk_file(f"{entry.path}/{part}", entry.index, len(info.shape))
+                jobs.append(Job(file, file, 0, info.nbytes, lambda t=tensor, p=part: t.part_pieces(p)))  # type: ignore[misc]
+            continue
+        file = layout.chunk_file(entry.path, entry.index, len(entry.block_shape))
         nbytes = tensor.size * DTYPES[stored].itemsize
-        jobs.append(Job(str(file), str(file), 0, nbytes, lambda t=tensor, d=stored: t.pieces(d)))  # type: ignore[misc]
+        jobs.append(Job(file, file, 0, nbytes, lambda t=tensor, d=stored: t.pieces(d)))  # type: ignore[misc]
     return jobs
 
 
@@ -136,8 +144,7 @@ def main(src: Positional[Path], dst: Positional[Path], dtype: Dtype = "keep", fo
     Args:
       src: folder with config.json and safetensors.
       dst: checkpoint folder to make.
-      dtype: of the stored weights; keep leaves every tensor as it is (FP8 becomes bfloat16). Router biases are
-        never cast.
+      dtype: of the stored weights; keep leaves every tensor as it is, FP8 included. Router biases are never cast.
       force: replace DST if it is empty or a checkpoint.
     """
     convert(src, dst, dtype, force, quiet=False)

@@ -1,25 +1,31 @@
 """Native checkpoint, training run or Hugging Face folder -> Hugging Face safetensors, tensor by tensor.
 
-    python -m convert.to_hf SRC_DIR DST_DIR [--dtype keep|bfloat16|float32] [--max-shard-size 5GB] [--force]
+    python -m convert.to_hf SRC_DIR DST_DIR [--dtype keep|bfloat16|float32|fp8] [--max-shard-size 5GB] [--force]
 
 `keep` gives every tensor the dtype it came in (recorded by `convert.from_hf`), or the stored one for weights that
-were trained here. config.json is written in the released dialect, with the unknown keys it came with.
+were trained here; FP8 weights come back as the same codes and scales. `fp8` rounds attention projections and
+feed-forward weights the way DeepSeek releases them (e4m3, a float32 scale per 128 x 128 block). config.json is written in the released dialect, with the unknown keys it came with.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
+import math
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tyro.conf import Positional
 
 from convert.common import (
     SAFETENSORS_NAMES,
     TORCH_NAMES,
-    Dtype,
+    ExportDtype,
     command,
     fingerprint,
     summary,
@@ -31,15 +37,21 @@ from dsv3_jax.checkpoint.atomic import check_apart
 from dsv3_jax.checkpoint.jobs import Conversion, Job, check_early
 from dsv3_jax.checkpoint.native import copy_files
 from dsv3_jax.checkpoint.source import Source, open_source
+from dsv3_jax.errors import ConfigError
 from dsv3_jax.hf.config import to_hf_config
+from dsv3_jax.hf.fp8 import QUANTIZATION_CONFIG, SCALE_SUFFIX
 from dsv3_jax.hf.plan import is_router
+from dsv3_jax.hf.tensors import FP8, StoredTensor
 from dsv3_jax.hf.writer import ShardLayout, natural_key, parse_size, plan_shards, write_headers
+from dsv3_jax.quantization.choose import chosen_leaves
+from dsv3_jax.quantization.formats import Format
+from dsv3_jax.quantization.streamed import quantized_pieces
 
 
 def convert(
     src: Path,
     dst: Path,
-    dtype: Dtype = "keep",
+    dtype: ExportDtype = "keep",
     max_shard_size: str = "5GB",
     force: bool = False,
     *,
@@ -61,20 +73,14 @@ def convert(
     check_apart(source.folder, dst)
     if not quiet:
         tell(source.notes)
-    dtypes = export_dtypes(source, SAFETENSORS_NAMES[dtype])
-    shapes = {entry.name: entry.hf_shape for entry in source.entries}
-    origin = {**{name: name for name in shapes}, **source.aliases}
+    tensors = exported(source, dtype)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    origin = {**{name: name for name in tensors}, **source.aliases}
     names = sorted(origin, key=natural_key)
-    shards = plan_shards([(name, dtypes[origin[name]], shapes[origin[name]]) for name in names], limit)
-    config = hf_config(source, dtypes)
+    shards = plan_shards([(n, dtypes[origin[n]], tensors[origin[n]].shape) for n in names], limit)
+    config = hf_config(source, tensors)
     jobs = [
-        Job(
-            place.name,
-            place.file,
-            place.offset,
-            place.nbytes,
-            lambda t=source.tensors[origin[place.name]], d=place.dtype: t.pieces(d),  # type: ignore[misc]
-        )
+        Job(place.name, place.file, place.offset, place.nbytes, tensors[origin[place.name]].pieces)
         for place in shards.places.values()
     ]
     plan = {
@@ -98,23 +104,72 @@ def convert(
     return shards
 
 
-def export_dtypes(source: Source, dtype: str) -> dict[str, str]:
-    """Dtype of every exported tensor. A router bias keeps its recorded one under every cast."""
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A tensor of the export: how it is stored, and what makes its flat pieces."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+
+def exported(source: Source, dtype: str) -> dict[str, Exported]:
+    """Every tensor of the export by name, aliases excluded. A router bias keeps its recorded dtype under every cast.
+
+    Raises ConfigError for codes that have no Hugging Face form here (int8, int4).
+    """
+    fp8 = Format("fp8")
+    rounded = set(chosen_leaves({entry.path: 0 for entry in source.entries})) if dtype == "fp8" else set()
+    result: dict[str, Exported] = {}
+    for entry in source.entries:
+        tensor = source.tensors[entry.name]
+        coded = entry.path in source.formats and tensor.dtype == FP8
+        if coded and (dtype == "keep" or (dtype == "fp8" and entry.path in rounded)):
+            result |= _as_stored(tensor)
+        elif entry.path in source.formats and dtype == "keep":
+            raise ConfigError(
+                f"{source.folder}: {entry.path} is {source.formats[entry.path]}, which a Hugging Face folder cannot "
+                "hold here: --dtype bfloat16, float32 or fp8 expected"
+            )
+        elif entry.path in rounded:
+            result[entry.name] = Exported(FP8, entry.hf_shape, partial(quantized_pieces, tensor, fp8, "codes"))
+            shape = fp8.part_shapes(entry.hf_shape)["scales"][0]
+            scales = partial(quantized_pieces, tensor, fp8, "scales")
+            result[entry.name + SCALE_SUFFIX] = Exported("F32", shape, scales)
+        else:
+            kept = dtype in ("keep", "fp8") or is_router(entry.path)
+            stored = source.export_dtypes[entry.name] if kept else SAFETENSORS_NAMES[dtype]
+            if stored == FP8:  # quantised in the source, and not in what the export rounds
+                stored = tensor.keep_dtype
+            result[entry.name] = Exported(stored, entry.hf_shape, partial(tensor.pieces, stored))
+    return result
+
+
+def _as_stored(tensor: StoredTensor) -> dict[str, Exported]:
+    names = {"codes": tensor.name, "scales": tensor.name + SCALE_SUFFIX}
     return {
-        entry.name: source.export_dtypes[entry.name] if dtype == "keep" or is_router(entry.path) else dtype
-        for entry in source.entries
+        names[part]: Exported(info.dtype, info.shape, partial(tensor.part_pieces, part))
+        for part, info in tensor.parts.items()
     }
 
 
-def hf_config(source: Source, dtypes: dict[str, str]) -> dict[str, Any]:
-    """config.json of the export: `torch_dtype` is what most of its bytes are, FP8 is gone."""
+def hf_config(source: Source, tensors: dict[str, Exported]) -> dict[str, Any]:
+    """config.json of the export: `torch_dtype` is what most of its other weights are, FP8 has its own entry."""
     sizes: collections.Counter[str] = collections.Counter()
-    for entry in source.entries:
-        sizes[dtypes[entry.name]] += source.tensors[entry.name].size
+    for name, tensor in tensors.items():
+        if tensor.dtype in TORCH_NAMES and not name.endswith(SCALE_SUFFIX):
+            sizes[tensor.dtype] += math.prod(tensor.shape)
     raw = None if source.hf_config is None else dict(source.hf_config)
+    coded = [entry for entry in source.entries if tensors[entry.name].dtype == FP8]
+    quantization = None
+    if coded:
+        kept = {source.formats[entry.path] for entry in coded if entry.path in source.formats}
+        recorded = (raw or {}).get("quantization_config")
+        quantization = recorded if kept and recorded else dict(QUANTIZATION_CONFIG)
     if raw is not None:
         raw.pop("quantization_config", None)
-    return to_hf_config(source.cfg, raw, dtype=TORCH_NAMES[sizes.most_common(1)[0][0]])
+    config = to_hf_config(source.cfg, raw, dtype=TORCH_NAMES[sizes.most_common(1)[0][0]])
+    return config if quantization is None else {**config, "quantization_config": quantization}
 
 
 def tokenizer_files(source: Source) -> list[Path]:
@@ -128,7 +183,7 @@ def tokenizer_files(source: Source) -> list[Path]:
 def main(
     src: Positional[Path],
     dst: Positional[Path],
-    dtype: Dtype = "keep",
+    dtype: ExportDtype = "keep",
     max_shard_size: str = "5GB",
     force: bool = False,
 ) -> None:
@@ -137,7 +192,8 @@ def main(
     Args:
       src: native checkpoint, training run folder (its newest valid step), or Hugging Face folder.
       dst: folder to make.
-      dtype: of the exported weights; keep restores the dtype each tensor came in. Router biases are never cast.
+      dtype: of the exported weights; keep restores the dtype each tensor came in; fp8 rounds attention and feed-forward
+        weights as DeepSeek releases them. Router biases are never cast.
       max_shard_size: largest size of one safetensors file, such as 5GB or 500MiB.
       force: replace DST if it is empty or a checkpoint.
     """

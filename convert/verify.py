@@ -2,8 +2,8 @@
 
     python -m convert.verify HF_DIR NATIVE_DIR [--cast]
 
-Exit 0 when every tensor of HF_DIR is in NATIVE_DIR byte for byte (FP8 tensors: the bytes of their dequantised
-values) and the other way round; exit 65 with the differences otherwise. `--cast` also accepts tensors stored in
+Exit 0 when every tensor of HF_DIR is in NATIVE_DIR byte for byte (FP8 tensors: codes and scales, or, where
+NATIVE_DIR holds them dequantised, the bytes of their values) and the other way round; exit 65 with the differences otherwise. `--cast` also accepts tensors stored in
 another dtype, if they are the cast of HF_DIR's.
 """
 
@@ -18,7 +18,7 @@ from convert.common import command, tell
 from dsv3_jax.checkpoint.layout import kind_of
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.errors import ConfigError, DataError
-from dsv3_jax.hf.tensors import first_difference
+from dsv3_jax.hf.tensors import differing_part, first_difference
 
 _SHOWN = 20
 
@@ -33,7 +33,11 @@ def differences(hf: Source, other: Source, *, cast: bool = False) -> list[str]:
         a, b = hf.tensors[mine[name]], other.tensors[theirs[name]]
         if a.shape != b.shape:
             return f"{name}: shape {list(a.shape)} against {list(b.shape)}"
-        dtype, stored = hf.export_dtypes[mine[name]], other.export_dtypes[theirs[name]]
+        if a.scale is not None and b.scale is not None and (a.fmt, a.dtype) == (b.fmt, b.dtype):
+            part = differing_part(a, b)
+            return None if part is None else f"{name}: {part} differ"
+        dtype = hf.export_dtypes[mine[name]]
+        stored = b.keep_dtype if b.scale is not None else other.export_dtypes[theirs[name]]
         if dtype != stored and not (cast or a.scale is not None):
             return f"{name}: {dtype} against {stored} (a cast; --cast compares its values)"
         at = first_difference(a, b, stored)

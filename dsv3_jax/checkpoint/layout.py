@@ -73,6 +73,11 @@ def chunk_name(index: tuple[int, ...]) -> str:
     return ".".join(["c", *map(str, index)])
 
 
+def chunk_file(path: str, index: tuple[int, ...], rest: int) -> str:
+    """The file of one chunk in a checkpoint folder: leading indices, then `rest` axes that are whole."""
+    return str(leaf_folder(Path(WEIGHTS), path) / chunk_name((*index, *(0,) * rest)))
+
+
 def zarr_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> str:
     """zarr.json of an uncompressed little-endian array. The chunk divides the shape."""
     assert len(shape) == len(chunk) and all(s % c == 0 for s, c in zip(shape, chunk, strict=True)), (

@@ -36,6 +36,7 @@ class Manifest:
       hf_dtypes: {"leaves": {leaf path: dtype}, "tensors": {HF name: dtype}}: the safetensors dtype an export gives
         back, by leaf, and by name where a tensor differs from its leaf.
       aliases: HF names that are copies of another HF name.
+      quantization: leaf path -> format of its codes, for leaves whose parts are stored (`checkpoint.quantized`).
       config_sha256: of model.yaml.
       versions: of the libraries that wrote it.
       checksum: SHA-256 of all the rest of the document; "" in checkpoints made before there was one.
@@ -51,6 +52,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
     checksum: str = ""
+    quantization: dict[str, str] = field(default_factory=dict)
 
     def export_dtype(self, name: str, path: str) -> str:
         """The dtype in which an export writes the HF tensor `name`, a slice of leaf `path`."""
@@ -89,6 +91,7 @@ def write_manifest(
     aliases: Mapping[str, str],
     step: int | None = None,
     hashed: Mapping[str, dict[str, Any]] | None = None,
+    quantization: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write `folder`/manifest.json, last of all files.
 
@@ -107,6 +110,7 @@ def write_manifest(
         aliases=dict(aliases),
         config_sha256=sha256_file(folder / MODEL),
         versions=versions(),
+        quantization=dict(quantization or {}),
     )
     manifest = replace(manifest, checksum=_checksum(asdict(manifest)))
     first = {"format": manifest.format}

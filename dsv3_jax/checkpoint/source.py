@@ -19,6 +19,7 @@ import numpy as np
 from dsv3_jax.checkpoint import layout
 from dsv3_jax.checkpoint.manifest import problems_of, read_manifest
 from dsv3_jax.checkpoint.native import latest_step, read_model_config, step_folder
+from dsv3_jax.checkpoint.quantized import QuantizedLeaf, leaf_of, stored_arrays
 from dsv3_jax.checkpoint.store import open_leaf
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, DataError
@@ -26,7 +27,9 @@ from dsv3_jax.hf.config import load_hf_config
 from dsv3_jax.hf.plan import choose_dtypes, is_router, plan_folder
 from dsv3_jax.hf.rules import HFEntry, flatten_paths, hf_entries, unflatten_paths
 from dsv3_jax.hf.safetensors import DTYPE_NAMES, DTYPES, SafetensorsFolder, parse_json
-from dsv3_jax.hf.tensors import StoredTensor
+from dsv3_jax.hf.tensors import StoredTensor, fill
+from dsv3_jax.quantization.formats import parse_format
+from dsv3_jax.quantization.leaf import Quantized
 
 AbstractFn = Callable[[ModelConfig], Mapping[str, Any]]
 
@@ -49,6 +52,7 @@ class Source:
       entries: every Hugging Face tensor that is a slice of a leaf.
       tensors: where each of them lies, by name.
       leaf_dtypes: safetensors dtype of every leaf in memory when no other is asked for.
+      formats: quantisation format of every leaf that is stored quantised.
       export_dtypes: safetensors dtype that an export gives each tensor back in.
       aliases: names that an export writes as copies of another.
       hf_config: config.json as it came, or None for a model that was made here.
@@ -71,29 +75,55 @@ class Source:
     hf_config: dict[str, Any] | None
     tokenizer_dir: Path | None
     generation_config: dict[str, Any] | None
+    formats: dict[str, str] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     step: int | None = None
 
-    def load(self, dtype: Any = None, *, threads: int = 4) -> dict[str, Any]:
+    def load(
+        self, dtype: Any = None, *, keep_quantized: bool = False, threads: int = 4
+    ) -> dict[str, Any]:
         """All weights as numpy arrays, {"params", "router"}; each tensor is read straight into its leaf.
 
         Args:
           dtype: of all weights ("float32", "bfloat16" or a numpy dtype); None keeps the stored one. Router biases
             are float32 always.
+          keep_quantized: leaves that are stored quantised come as `Quantized`, else dequantised (to bfloat16 where
+            no dtype is asked for).
         """
         asked = None if dtype is None else _NAMES.get(str(dtype)) or DTYPE_NAMES[np.dtype(dtype)]
-        leaves: dict[str, np.ndarray] = {}
-        for path, leaf in flatten_paths(self.abstract).items():
-            kept = "F32" if is_router(path) else asked or self.leaf_dtypes[path]
-            leaves[path] = np.empty(leaf.shape, DTYPES[kept])
+        formats = self.formats if keep_quantized else {}
+        abstract = flatten_paths(self.abstract)
+        wanted = {
+            path: "F32" if is_router(path) else asked or self.leaf_dtypes[path] for path in abstract
+        }
+        arrays: dict[str, np.ndarray] = {
+            path: np.empty(stored.shape, stored.dtype)
+            for path, stored in stored_arrays(self.entries, abstract, wanted, formats).items()
+        }
 
         def read(entry: HFEntry) -> None:
-            block = leaves[entry.path][entry.index]
-            self.tensors[entry.name].read_into(block.reshape(-1))
+            tensor = self.tensors[entry.name]
+            if entry.path not in formats:
+                tensor.read_into(arrays[entry.path][entry.index].reshape(-1))
+                return
+            for part in tensor.parts:
+                block = arrays[f"{entry.path}/{part}"][entry.index].reshape(-1)
+                fill(block, tensor.part_pieces(part))
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(read, self.entries))
+        blocks = {entry.path: entry for entry in self.entries if entry.path in formats}
+        leaves: dict[str, Any] = {path: array for path, array in arrays.items() if path in abstract}
+        for path, fmt in formats.items():
+            entry = blocks[path]
+            leaves[path] = Quantized(
+                arrays[f"{path}/codes"],
+                arrays[f"{path}/scales"],
+                arrays.get(f"{path}/zeros"),
+                parse_format(fmt).coding(entry.hf_shape[1]),
+                entry.block_shape,
+            )
         return {"params": {}, "router": {}, **unflatten_paths(leaves)}
 
     def count_parameters(self) -> int:
@@ -155,6 +185,7 @@ def _open_hf(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source:
         entries=plan.entries,
         tensors=plan.tensors,
         leaf_dtypes=dtypes.leaves,
+        formats=dtypes.formats,
         export_dtypes=dtypes.tensors,
         aliases=plan.aliases,
         hf_config=raw,
@@ -174,15 +205,20 @@ def _open_native(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source
     tree = dict(abstract(cfg))
     entries = hf_entries(cfg, tree)
     item = folder / layout.WEIGHTS
-    expected = {entry.path for entry in entries}
-    if expected != set(manifest.tree):
+    formats = manifest.quantization
+    expected, stored = {entry.path for entry in entries}, {leaf_of(path) for path in manifest.tree}
+    if expected != stored or not set(formats) <= expected:
         raise DataError(
-            f"{folder}: leaves do not fit {layout.MODEL}: missing {sorted(expected - set(manifest.tree))}, "
-            f"extra {sorted(set(manifest.tree) - expected)}"
+            f"{folder}: leaves do not fit {layout.MODEL}: missing {sorted(expected - stored)}, "
+            f"extra {sorted((stored | set(formats)) - expected)}"
         )
-    leaves = {path: open_leaf(item, path) for path in expected}
+    leaves = {path: open_leaf(item, path) for path in expected - set(formats)}
+    coded = {path: QuantizedLeaf(item, path, fmt) for path, fmt in formats.items()}
     tensors = {}
     for entry in entries:
+        if entry.path in coded:
+            tensors[entry.name] = coded[entry.path].tensor(entry)
+            continue
         leaf = leaves[entry.path]
         tensors[entry.name] = StoredTensor(
             entry.name, DTYPE_NAMES[leaf.dtype], entry.hf_shape, leaf.file(entry.index)
@@ -198,7 +234,8 @@ def _open_native(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source
         abstract=tree,
         entries=entries,
         tensors=tensors,
-        leaf_dtypes={path: DTYPE_NAMES[leaf.dtype] for path, leaf in leaves.items()},
+        leaf_dtypes={path: DTYPE_NAMES[leaf.dtype] for path, leaf in leaves.items()} | dict.fromkeys(coded, "BF16"),
+        formats=formats,
         export_dtypes={entry.name: manifest.export_dtype(entry.name, entry.path) for entry in entries},
         aliases=manifest.aliases,
         hf_config=_json(hf / "config.json"),

@@ -17,6 +17,14 @@ from dsv3_jax.errors import ConfigError, DataError
 
 SCALE_SUFFIX = "_scale_inv"
 
+QUANTIZATION_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+"""`quantization_config` of the released V3."""
+
 # Every value of the format, so that a lookup replaces a slow element-wise cast; code 0x7f and 0xff are NaN.
 E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 

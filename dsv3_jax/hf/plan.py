@@ -16,7 +16,8 @@ from dsv3_jax.errors import DataError
 from dsv3_jax.hf import fp8
 from dsv3_jax.hf.rules import HFEntry, flatten_paths, hf_entries, unflatten_paths
 from dsv3_jax.hf.safetensors import SafetensorsFolder, TensorInfo
-from dsv3_jax.hf.tensors import FLOATS, FP8, StoredTensor, same_bytes, widest
+from dsv3_jax.hf.tensors import FLOATS, FP8, SCALES, StoredTensor, same_bytes, widest
+from dsv3_jax.quantization.formats import fp8_format
 
 AbstractFn = Callable[[ModelConfig], Mapping[str, Any]]
 
@@ -178,10 +179,10 @@ def _match_scales(
                     f"{scale.name}: shape {list(scale.shape)} for a weight {list(info.shape)} in blocks of "
                     f"{list(block)}; {want} expected"
                 )
-            elif scale.dtype not in FLOATS:
-                unpaired.append(f"{scale.name}: dtype {scale.dtype}; one of {', '.join(FLOATS)} expected")
-        size = block if scale else None
-        tensors[name] = StoredTensor(name, info.dtype, info.shape, info.file, info.offset, scale, size)
+            elif scale.dtype not in SCALES:
+                unpaired.append(f"{scale.name}: dtype {scale.dtype}; one of {', '.join(SCALES)} expected")
+        fmt = str(fp8_format(block)) if scale and block else ""
+        tensors[name] = StoredTensor(name, info.dtype, info.shape, info.file, info.offset, scale, fmt)
     _report(problems, "scale", unpaired)
     return tensors, scales
 
@@ -235,10 +236,18 @@ def _copies(
 
 @dataclasses.dataclass(frozen=True)
 class Dtypes:
-    """How a folder's tensors are stored: per leaf, and per HF tensor what an export restores (safetensors names)."""
+    """How a folder's tensors are stored: per leaf, and per HF tensor what an export restores (safetensors names).
+
+    Attributes:
+      leaves: dtype of each leaf (of its values, where it is quantised).
+      tensors: dtype of each exported tensor.
+      formats: quantisation format of the leaves that are kept quantised.
+      notes: what a user should be told.
+    """
 
     leaves: dict[str, str]
     tensors: dict[str, str]
+    formats: dict[str, str]
     notes: list[str]
 
 
@@ -246,26 +255,38 @@ def choose_dtypes(entries: Iterable[HFEntry], sources: Mapping[str, StoredTensor
     """The storage of every leaf for `dtype` "keep", "BF16" or "F32"; `sources` says where each entry's tensor lies.
 
     keep records each tensor's own dtype; a stack whose tensors differ is stored in the wider one, which holds
-    both exactly. A cast records the dtype that was asked for: an export then gives what the user asked, not what
+    both exactly; a stack that is quantised in one way throughout stays so. A cast records the dtype that was asked for: an export then gives what the user asked, not what
     the source had. A router bias is stored as float32 and keeps its record under every cast.
     """
     leaves: dict[str, str] = {}
     tensors: dict[str, str] = {}
     notes: list[str] = []
-    own: dict[str, set[str]] = {}
+    by_path: dict[str, list[StoredTensor]] = {}
     for entry in entries:
-        tensor = sources[entry.name]
-        record = tensor.keep_dtype if dtype == "keep" or is_router(entry.path) else dtype
-        tensors[entry.name] = record
-        own.setdefault(entry.path, set()).add(record)
-    for path, found in own.items():
+        by_path.setdefault(entry.path, []).append(sources[entry.name])
+    formats: dict[str, str] = {}
+    widened = 0
+    for path, stack in by_path.items():
+        kept = dtype == "keep" or is_router(path)
+        coded = [tensor for tensor in stack if tensor.scale is not None]
+        kinds = {(t.fmt, t.dtype, None if t.scale is None else t.scale.dtype) for t in stack}
+        if kept and coded and len(kinds) == 1:
+            formats[path] = coded[0].fmt
+            leaves[path] = "BF16"
+            tensors.update({tensor.name: tensor.dtype for tensor in stack})
+            continue
+        tensors.update({tensor.name: tensor.keep_dtype if kept else dtype for tensor in stack})
+        found = {tensors[tensor.name] for tensor in stack}
         leaves[path] = "F32" if is_router(path) else widest(found, path)
-        if len(found) > 1:
+        if coded and kept:
+            widened += len(coded)
+            notes.append(f"{path}: its tensors are quantised in several ways; the stack is stored as {leaves[path]}")
+        elif len(found) > 1:
             mixed = " and ".join(sorted(found))
             notes.append(f"{path}: its tensors are {mixed}; the stack is stored as {leaves[path]}")
     count = sum(tensor.scale is not None for tensor in sources.values())
-    if count and dtype == "keep":
-        notes.append(f"{count} FP8 tensors are dequantised and kept as bfloat16")
-    elif count:
-        notes.append(f"{count} FP8 tensors are dequantised and rounded once to {dtype}")
-    return Dtypes(leaves, tensors, notes)
+    if count and dtype == "keep" and count > widened:
+        notes.append(f"{count - widened} quantised tensors are kept as they are")
+    elif count and dtype != "keep":
+        notes.append(f"{count} quantised tensors are dequantised and rounded once to {dtype}")
+    return Dtypes(leaves, tensors, formats, notes)

@@ -17,9 +17,12 @@ import numpy as np
 from dsv3_jax.errors import DataError
 from dsv3_jax.hf import fp8
 from dsv3_jax.hf.safetensors import DTYPE_NAMES, DTYPES, PIECE_BYTES, TensorInfo, read_array, read_range
+from dsv3_jax.quantization.formats import Parts, dequantize, parse_format
 
 FLOATS = ("F32", "BF16", "F16")
 FP8 = "F8_E4M3"
+SCALES = (*FLOATS, "F8_E8M0")
+"""Types of scales; E8M0 holds powers of two."""
 
 
 def cast(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -49,8 +52,9 @@ class StoredTensor:
       dtype: safetensors name of the type it is stored in.
       shape: Hugging Face shape.
       file, offset: where its bytes begin.
-      scale: where its block scales lie, if it is FP8.
-      block: the block of those scales, (rows, columns).
+      scale: where its scales lie, if it is quantised.
+      fmt: then the name of its format (`quantization.formats`); `file` holds the codes.
+      zero: where its zero points lie, if it has any.
     """
 
     name: str
@@ -59,7 +63,8 @@ class StoredTensor:
     file: Path
     offset: int = 0
     scale: TensorInfo | None = None
-    block: tuple[int, int] | None = None
+    fmt: str = ""
+    zero: TensorInfo | None = None
 
     @property
     def size(self) -> int:
@@ -67,8 +72,17 @@ class StoredTensor:
 
     @property
     def keep_dtype(self) -> str:
-        """The type it is kept in: its own; bfloat16 for FP8, which is dequantised."""
+        """The type of its values when they are not cast: its own; bfloat16 for what is quantised."""
         return "BF16" if self.scale is not None else self.dtype
+
+    @property
+    def parts(self) -> dict[str, TensorInfo]:
+        """Codes, scales and zero points of a quantised tensor as they lie in files."""
+        assert self.scale is not None, self.name
+        shape = parse_format(self.fmt).code_shape(self.shape)
+        nbytes = math.prod(shape) * DTYPES[self.dtype].itemsize
+        codes = TensorInfo(self.name, self.file, self.dtype, shape, self.offset, nbytes)
+        return {"codes": codes, "scales": self.scale} | ({} if self.zero is None else {"zeros": self.zero})
 
     def pieces(self, dtype: str) -> Iterator[np.ndarray]:
         """The elements in order, as flat arrays of `dtype`; each is valid until the next one is asked for.
@@ -84,24 +98,29 @@ class StoredTensor:
             yield cast(np.frombuffer(piece, source), dtype)
 
     def _dequantized(self, dtype: str) -> Iterator[np.ndarray]:
-        assert self.scale is not None and self.block is not None
-        rows, columns = self.shape
-        scale = read_array(
-            self.scale.file,
-            self.scale.offset,
-            DTYPES[self.scale.dtype],
-            self.scale.shape,
-            what=repr(self.scale.name),
-        )
-        # A quarter of a piece in codes is a piece in float32; at least one row of blocks.
-        step = max(1, PIECE_BYTES // 4 // max(columns, 1) // self.block[0])
-        for first in range(0, scale.shape[0], step):
-            start = first * self.block[0]
-            stop = min(rows, (first + step) * self.block[0])
-            offset, shape = self.offset + start * columns, (stop - start, columns)
-            codes = read_array(self.file, offset, DTYPES[self.dtype], shape, what=repr(self.name))
-            values = fp8.dequantize(codes, scale[first : first + step], self.block, DTYPES[dtype])
+        """Some whole rows of blocks at a time: about a piece in float32."""
+        fmt, (rows, columns) = parse_format(self.fmt), self.shape
+        height = fmt.coding(columns).block_rows
+        step = max(1, PIECE_BYTES // 4 // max(columns, 1) // height) * height
+        for first in range(0, rows, step):
+            stop = min(rows, first + step)
+            parts = {
+                name: _rows_of(info, first, stop, 1 if name == "codes" else height)
+                for name, info in self.parts.items()
+            }
+            if fmt.kind == "fp8":
+                parts["scales"] = parts["scales"].astype(np.float32)
+                block = (height, fmt.coding(columns).block_columns)
+                values = fp8.dequantize(parts["codes"], parts["scales"], block, DTYPES[dtype])
+            else:
+                values = cast(dequantize(Parts(**parts), fmt, columns), dtype)
             yield values.reshape(-1)
+
+    def part_pieces(self, part: str) -> Iterator[np.ndarray]:
+        """The bytes of "codes", "scales" or "zeros" as they are stored."""
+        info = self.parts[part]
+        for piece in read_range(info.file, info.offset, info.nbytes, what=f"tensor {info.name!r}"):
+            yield _checked(info, np.frombuffer(piece, DTYPES[info.dtype]))
 
     def read(self, dtype: str) -> np.ndarray:
         """The whole tensor in `dtype` and its own shape."""
@@ -111,15 +130,48 @@ class StoredTensor:
 
     def read_into(self, out: np.ndarray) -> None:
         """Fills the flat, contiguous `out` with the elements, in its dtype."""
-        position = 0
-        for piece in self.pieces(DTYPE_NAMES[out.dtype]):
-            out[position : position + piece.size] = piece
-            position += piece.size
-        assert position == out.size, (self.name, position, out.size)
+        fill(out, self.pieces(DTYPE_NAMES[out.dtype]))
+
+
+def fill(out: np.ndarray, pieces: Iterator[np.ndarray]) -> None:
+    """Fills the flat, contiguous `out` with flat arrays that are together as long as it is."""
+    position = 0
+    for piece in pieces:
+        out[position : position + piece.size] = piece
+        position += piece.size
+    assert position == out.size, (position, out.size)
+
+
+def _rows_of(info: TensorInfo, first: int, stop: int, height: int) -> np.ndarray:
+    """The rows of a part that belong to rows [first, stop) of the matrix, of which it has one in `height`."""
+    begin, end = first // height, -(-stop // height)
+    dtype = DTYPES[info.dtype]
+    offset = info.offset + begin * info.shape[1] * dtype.itemsize
+    return _checked(info, read_array(info.file, offset, dtype, (end - begin, info.shape[1]), what=repr(info.name)))
+
+
+def _checked(info: TensorInfo, part: np.ndarray) -> np.ndarray:
+    """`part`, unless it holds scales that no rounding makes. Raises DataError."""
+    if info.dtype in SCALES:
+        values = part.astype(np.float32)
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise DataError(f"{info.name}: a scale is negative or not finite: the file is damaged")
+    return part
+
+
+def differing_part(a: StoredTensor, b: StoredTensor) -> str | None:
+    """The first of "codes", "scales", "zeros" whose stored bytes differ between two tensors of one format, or None."""
+    for name, info in a.parts.items():
+        other = b.parts[name]
+        if (info.dtype, info.shape) != (other.dtype, other.shape):
+            return name
+        if any(x.tobytes() != y.tobytes() for x, y in zip(a.part_pieces(name), b.part_pieces(name), strict=True)):
+            return name
+    return None
 
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors have the same type, shape and bytes (FP8: the same dequantised values)."""
+    """Whether two tensors have the same type, shape and bytes (quantised: the same dequantised values)."""
     return (a.keep_dtype, a.shape) == (b.keep_dtype, b.shape) and first_difference(a, b, a.keep_dtype) is None
 
 

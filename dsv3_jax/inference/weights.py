@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.quantization.leaf import Quantized
 
 KEPT_FLOAT32 = ("router_ED", "weights_YD")
 """Leaves that the model multiplies in float32 whatever the compute type: they are not rounded to it."""
@@ -57,6 +58,11 @@ def _cast(tree: Mapping[str, Any], dtype: str, at: int | None = None) -> dict[st
     for name, leaf in tree.items():
         if isinstance(leaf, Mapping):
             result[name] = _cast(leaf, dtype, at)
+            continue
+        if isinstance(leaf, Quantized):
+            result[name] = jax.tree.map(
+                lambda part: jax.device_put(jnp.array(part)), leaf if at is None else leaf.layer(at)
+            )
             continue
         kept = "float32" if name in KEPT_FLOAT32 else dtype
         # jnp.array, not asarray: a slice that shared memory would keep the whole stack alive.

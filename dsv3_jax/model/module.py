@@ -18,6 +18,7 @@ from dsv3_jax.kernels.grouped_matmul import grouped_matmul as _grouped_matmul
 from dsv3_jax.kernels.grouped_matmul import grouped_swiglu as _grouped_swiglu
 from dsv3_jax.kernels.registry import full_precision
 from dsv3_jax.parallel.leaves import Sharded, enter, leave
+from dsv3_jax.quantization.leaf import Quantized
 
 Array = jax.Array
 
@@ -54,10 +55,13 @@ def einsum(equation: str, x: Array, weight: Any, *, dtype: Any = None) -> Array:
 
     The weight is cast to the compute type (`dtype`, by default that of `x`); the sum is float32 inside. A `Sharded`
     weight is gathered for this product alone, again in backward; one that stays cut over an axis gives that part of
-    the outputs, or, where the letter it is cut along is summed over, the whole sum.
+    the outputs, or, where the letter it is cut along is summed over, the whole sum. A `Quantized` weight is
+    multiplied as it is stored.
     """
     dtype = dtype or x.dtype
     x = x.astype(dtype)
+    if isinstance(weight, Quantized):
+        return _quantized_product(equation, x, weight)
     if not isinstance(weight, Sharded):
         return _product(equation, x, weight.astype(dtype))
     letter, axis = weight.cut or ("", "")
@@ -68,14 +72,33 @@ def einsum(equation: str, x: Array, weight: Any, *, dtype: Any = None) -> Array:
     return leave(y, axis) if axis and letter not in equation.partition("->")[2] else y
 
 
-def _product(equation: str, x: Array, weight: Array) -> Array:
+def _as_matrix(equation: str) -> tuple[str, str, str] | None:
+    """(kept, outer, inner) letters of a product of two matrices, [kept, inner] x [outer, inner]; None for others."""
     inputs, out = equation.split("->")
     ours, theirs = inputs.split(",")
     inner = "".join(letter for letter in theirs if letter not in out)
     outer = theirs[: len(theirs) - len(inner)]
     kept = ours[: len(ours) - len(inner)]
-    if (ours, theirs, out) != (kept + inner, outer + inner, kept + outer):
+    return (
+        (kept, outer, inner) if (ours, theirs, out) == (kept + inner, outer + inner, kept + outer) else None
+    )
+
+
+def _quantized_product(equation: str, x: Array, weight: Quantized) -> Array:
+    letters = _as_matrix(equation)
+    # The columns of the stored matrix must be what is summed over (not so in the absorbed use of kv_b).
+    if letters is None or math.prod(x.shape[len(letters[0]) :]) != weight.columns:
+        return _product(equation, x, weight.astype(x.dtype))
+    kept, outer, _ = letters
+    y = weight.product(x.reshape(-1, weight.columns))
+    return y.reshape(*x.shape[: len(kept)], *weight.shape[: len(outer)])
+
+
+def _product(equation: str, x: Array, weight: Array) -> Array:
+    letters = _as_matrix(equation)
+    if letters is None:
         return jnp.einsum(equation, x, weight, precision=full_precision(x.dtype))
+    kept, outer, _ = letters
     # As one product of two matrices, [.., in] x [out, in]: given more letters, XLA:CPU copies the weight transposed
     # on every call.
     K = math.prod(x.shape[len(kept) :])
@@ -90,6 +113,8 @@ def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
 
     A weight that is cut over an axis gives the product with this device's part (`RoutedExperts` adds them up).
     """
+    if isinstance(weight, Quantized):
+        return weight.grouped(x_ND, group_sizes_E)
     weight = weight.astype(x_ND.dtype)
     matrices = weight.reshape(weight.shape[0], -1, weight.shape[-1])
     return _grouped_matmul(x_ND, matrices, group_sizes_E, implementation=implementation)
@@ -111,4 +136,6 @@ def rows(weight: Any, ids: Array, dtype: Any) -> Array:
 
 def part(weight: Any, axis: int, start: int, stop: int) -> Any:
     """A slice of a weight along one axis, e.g. the key rows of kv_b."""
+    if isinstance(weight, Quantized):  # blocks need not end where the slice does
+        weight = weight.astype(jnp.float32)
     return jax.lax.slice_in_dim(weight, start, stop, axis=axis)

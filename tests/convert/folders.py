@@ -22,6 +22,7 @@ NAMES = {
     np.dtype(np.float16): "F16",
     np.dtype(BF16): "BF16",
     np.dtype(F8): "F8_E4M3",
+    np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
     np.dtype(np.int64): "I64",
 }
 

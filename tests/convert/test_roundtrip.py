@@ -71,19 +71,6 @@ def test_own_and_aliased_multi_token_copies(tmp_path: Path) -> None:
     assert "params/mtp/embed_VD" in manifest.tree and "params/mtp/head_VD" not in manifest.tree
 
 
-def test_fp8_becomes_bfloat16_and_the_config_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    raw, tensors = folders.tensors_of("v3", mtp=1)
-    tensors = folders.quantized(tensors, (16, 16))
-    raw["quantization_config"] = FP8
-    found = there_and_back(tmp_path, raw, tensors, shards=4, quiet=False)
-    folders.assert_same_tensors(found, folders.dequantized(tensors, (16, 16)))
-    config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert "quantization_config" not in config and config["torch_dtype"] == "bfloat16"
-    assert "FP8 tensors are dequantised and kept as bfloat16" in capsys.readouterr().err
-
-
 def test_fp8_to_float32_is_the_exact_product(tmp_path: Path) -> None:
     raw, tensors = folders.tensors_of("v3")
     tensors = folders.quantized(tensors, (16, 16))

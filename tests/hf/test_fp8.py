@@ -49,7 +49,7 @@ def test_a_streamed_tensor_equals_the_whole(tmp_path: Path, monkeypatch: pytest.
     scale = rng.uniform(0.5, 2, (5, 3)).astype(np.float32)
     folder = SafetensorsFolder(folders.write(tmp_path / "f", {}, {"w": codes, "w_scale_inv": scale})).check()
     info, scales = folder.tensors["w"], folder.tensors["w_scale_inv"]
-    tensor = StoredTensor("w", info.dtype, info.shape, info.file, info.offset, scales, (128, 128))
+    tensor = StoredTensor("w", info.dtype, info.shape, info.file, info.offset, scales, "fp8")
     pieces = list(map(np.copy, tensor.pieces("F32")))
     assert len(pieces) == 5
     expected = fp8.dequantize(codes, scale, (128, 128), np.dtype(np.float32))

@@ -159,7 +159,9 @@ def test_scales_in_other_files_are_found(tmp_path: Path) -> None:
     tensor = found.tensors[NAME]
     assert tensor.scale is not None and tensor.scale.shape == (2, 2)
     assert any(t.scale is not None and t.scale.file != t.file for t in found.tensors.values())
-    assert choose_dtypes(found.entries, found.tensors, "keep").tensors[NAME] == "BF16"
+    kept, cast = (choose_dtypes(found.entries, found.tensors, dtype) for dtype in ("keep", "BF16"))
+    assert kept.tensors[NAME] == "F8_E4M3" and kept.formats["params/moe/attention/kv_a_JD"] == "fp8:16x16"
+    assert cast.tensors[NAME] == "BF16" and cast.formats == {}
 
 
 @pytest.mark.parametrize(

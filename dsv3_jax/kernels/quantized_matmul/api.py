@@ -1,0 +1,101 @@
+"""Products with weights that stay quantised: dense, and grouped by expert."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.kernels.quantized_matmul import reference
+from dsv3_jax.kernels.quantized_matmul.coding import Coding
+from dsv3_jax.kernels.registry import Implementation, resolve
+
+Array = jax.Array
+
+QUANTIZED_MATMUL = {"reference": Implementation(reference.quantized_matmul)}
+GROUPED_QUANTIZED_MATMUL = {"reference": Implementation(reference.grouped_quantized_matmul)}
+
+
+def quantized_matmul(
+    x_NK: Array,
+    codes_RK: Array,
+    scales: Array,
+    zeros: Array | None = None,
+    *,
+    coding: Coding,
+    implementation: str = "auto",
+) -> Array:
+    """y[n, r] = sum over k of x[n, k] value[r, k], the weight as stored: [out, in] and quantised.
+
+    Values are made in float32, rounded once to x's dtype, and multiplied with a float32 sum; with
+    `coding.activations == "int8"` tokens are quantised too (scale max |x| / 127) and sums are whole numbers.
+    Differentiable in x (of the 8 x 8 product: as if x had not been rounded); the weight is frozen.
+
+    Args:
+      x_NK: activations.
+      codes_RK: [R, K], or [R, K / 2] for int4 (see `coding`).
+      scales: float32 [R blocks, K blocks].
+      zeros: uint8 zero points like `scales` (asymmetric int4), or None.
+      implementation: "auto" or "reference".
+
+    Returns:
+      y_NR in x's dtype.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+    """
+    if x_NK.ndim != 2 or codes_RK.ndim != 2:
+        raise ValueError(f"expected x [N, K] and codes [R, K], got {x_NK.shape} and {codes_RK.shape}")
+    _check(x_NK.shape[1], codes_RK, scales, zeros, coding)
+    function = resolve("quantized_matmul", implementation, QUANTIZED_MATMUL)
+    return function(x_NK, _arrays(codes_RK, scales, zeros), coding)
+
+
+def grouped_quantized_matmul(
+    x_ND: Array,
+    codes_EFD: Array,
+    scales: Array,
+    zeros: Array | None,
+    group_sizes_E: Array,
+    *,
+    coding: Coding,
+    implementation: str = "auto",
+) -> Array:
+    """y[n] = value[e(n)] @ x[n], rows sorted by expert, as `grouped_matmul` with a quantised weight.
+
+    Args:
+      x_ND: rows sorted by expert; rows after the last group give zeros.
+      codes_EFD, scales, zeros: as in `quantized_matmul`, with a leading expert axis.
+      group_sizes_E: int32 rows of each expert.
+
+    Returns:
+      y_NF in x's dtype.
+
+    Raises:
+      ValueError: shapes disagree, the coding quantises activations, or the implementation is unknown.
+    """
+    if x_ND.ndim != 2 or codes_EFD.ndim != 3 or group_sizes_E.shape != codes_EFD.shape[:1]:
+        raise ValueError(
+            f"expected x [N, D], codes [E, F, D], group sizes [E], got {x_ND.shape}, {codes_EFD.shape}, "
+            f"{group_sizes_E.shape}"
+        )
+    _check(x_ND.shape[1], codes_EFD, scales, zeros, coding)
+    if coding.activations != "none":
+        raise ValueError("experts take activations as they are: activations 'none' expected")
+    function = resolve("grouped_quantized_matmul", implementation, GROUPED_QUANTIZED_MATMUL)
+    sizes_E = jnp.asarray(group_sizes_E, jnp.int32)
+    return function(x_ND, _arrays(codes_EFD, scales, zeros), sizes_E, coding)
+
+
+def _arrays(*parts: Array | None) -> tuple[Array | None, ...]:
+    return tuple(None if part is None else jnp.asarray(part) for part in parts)
+
+
+def _check(columns: int, codes: Array, scales: Array, zeros: Array | None, coding: Coding) -> None:
+    if codes.shape[-1] != coding.code_columns(columns):
+        raise ValueError(f"codes {codes.shape} do not fit {columns} columns as {coding.kind}")
+    expected = (*codes.shape[:-2], *coding.scale_shape(codes.shape[-2], columns))
+    for name, array in (("scales", scales), ("zeros", zeros)):
+        if array is not None and array.shape != expected:
+            raise ValueError(f"{name} have shape {array.shape}, expected {expected}")
+    if zeros is not None and coding.kind != "int4":
+        raise ValueError(f"zero points go with int4, not with {coding.kind}")

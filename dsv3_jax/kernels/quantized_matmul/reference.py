@@ -1,0 +1,229 @@
+"""XLA implementation of products with quantised weights.
+
+The weight is never dequantised as a whole: a slab of rows that fits a core's cache is, used, and forgotten. So a
+product reads the codes once from memory and nothing of the size of the weight is written.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dsv3_jax.kernels.grouped_matmul.reference import (
+    ROWS_BY_VECTOR,
+    _dot,
+    _for_tiles,
+    _live,
+    _rows,
+    _tiles,
+    _window,
+)
+from dsv3_jax.kernels.quantized_matmul.coding import Coding, dequantize
+from dsv3_jax.kernels.registry import full_precision
+
+Array = jax.Array
+Parts = tuple[Array, Array, Array | None]  # codes, scales, zeros
+
+# Dequantised bytes held at once: a slab stays in a core's second-level cache while it is used.
+SLAB_BYTES = 256 * 1024
+
+
+def slab_rows(rows: int, columns: int, coding: Coding) -> int:
+    """Rows dequantised together: a divisor of `rows` that does not straddle blocks, at most SLAB_BYTES in float32."""
+    height = coding.block_rows
+    fits = [
+        f
+        for f in range(1, rows + 1)
+        if rows % f == 0 and f * columns * 4 <= SLAB_BYTES and (height % f == 0 or f % height == 0)
+    ]
+    return max(fits, default=1)
+
+
+def _slab(parts: Parts, i: Array | int, f: int, coding: Coding, columns: int, dtype: Any) -> Array:
+    """Rows [i * f, (i + 1) * f) of a matrix, dequantised: [f, columns]."""
+    codes, scales, zeros = parts
+    height = coding.block_rows
+    first, count = (i * f // height, 1) if f < height else (i * (f // height), f // height)
+
+    def blocks(x: Array) -> Array:
+        x = lax.dynamic_slice_in_dim(x, first, count, 0)
+        return jnp.broadcast_to(x, (f, x.shape[1])) if f < height else x
+
+    part = coding if f >= height else coding.with_block_rows(1)
+    return dequantize(
+        (
+            lax.dynamic_slice_in_dim(codes, i * f, f, 0),
+            blocks(scales),
+            None if zeros is None else blocks(zeros),
+        ),
+        part,
+        columns,
+        dtype,
+    )
+
+
+def _forward(x_NK: Array, parts: Parts, coding: Coding) -> Array:
+    R, K = parts[0].shape[0], x_NK.shape[1]
+    f = slab_rows(R, K, coding)
+
+    def product(i: Array) -> Array:
+        return _dot(x_NK, _slab(parts, i, f, coding, K, x_NK.dtype), (1, 1)).astype(x_NK.dtype)
+
+    if f == R:
+        return product(jnp.int32(0))
+    y_iNf = lax.map(product, jnp.arange(R // f, dtype=jnp.int32))
+    return y_iNf.transpose(1, 0, 2).reshape(-1, R)
+
+
+def _backward(dy_NR: Array, parts: Parts, coding: Coding, K: int) -> Array:
+    N, R = dy_NR.shape
+    f = slab_rows(R, K, coding)
+
+    def add(i: Array, dx_NK: Array) -> Array:
+        dy_Nf = lax.dynamic_slice_in_dim(dy_NR, i * f, f, 1)
+        return dx_NK + _dot(dy_Nf, _slab(parts, i, f, coding, K, dy_NR.dtype), (1, 0))
+
+    return lax.fori_loop(0, R // f, add, jnp.zeros((N, K), jnp.float32)).astype(dy_NR.dtype)
+
+
+def _no_gradient(parts: Parts) -> Any:
+    """Of codes, scales and zeros: quantised weights are frozen."""
+    return jax.tree.map(
+        lambda x: (
+            np.zeros(x.shape, jax.dtypes.float0)
+            if not jnp.issubdtype(x.dtype, jnp.floating)
+            else jnp.zeros_like(x)
+        ),
+        parts,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def quantized_matmul(x_NK: Array, parts: Parts, coding: Coding) -> Array:
+    """See `api.quantized_matmul`."""
+    if coding.activations == "int8":
+        return _eight_by_eight(x_NK, parts, coding)
+    return _forward(x_NK, parts, coding)
+
+
+quantized_matmul.defvjp(
+    lambda x_NK, parts, coding: (quantized_matmul(x_NK, parts, coding), (parts, x_NK.shape[1])),
+    lambda coding, saved, dy_NR: (_backward(dy_NR, saved[0], coding, saved[1]), _no_gradient(saved[0])),
+)
+
+
+def quantize_activations(x_NK: Array) -> tuple[Array, Array]:
+    """int8 codes [N, K] and the float32 scale [N] of each token: max |x| / 127."""
+    x_NK = x_NK.astype(jnp.float32)
+    scale_N = jnp.maximum(jnp.max(jnp.abs(x_NK), axis=-1), jnp.finfo(jnp.float32).tiny) / 127.0
+    return jnp.clip(jnp.rint(x_NK / scale_N[:, None]), -127, 127).astype(jnp.int8), scale_N
+
+
+def _eight_by_eight(x_NK: Array, parts: Parts, coding: Coding) -> Array:
+    """int8 activations times int8 weights: whole-number sums within a group of columns, scaled afterwards."""
+    codes_RK, scales_RG, _ = parts
+    codes_NK, scale_N = quantize_activations(x_NK)
+    N, K = codes_NK.shape
+    R, G = scales_RG.shape
+    if G == 1:
+        dims = (((1,), (1,)), ((), ()))
+        sums_NR = lax.dot_general(codes_NK, codes_RK, dims, preferred_element_type=jnp.int32)
+        y_NR = sums_NR.astype(jnp.float32) * scales_RG[None, :, 0]
+    else:
+        pad = G * coding.block_columns - K
+        groups = [
+            jnp.pad(c, ((0, 0), (0, pad))).reshape(-1, G, coding.block_columns) for c in (codes_NK, codes_RK)
+        ]
+        dims_G = (((2,), (2,)), ((1,), (1,)))
+        sums_GNR = lax.dot_general(*groups, dims_G, preferred_element_type=jnp.int32)
+        y_NR = jnp.einsum(
+            "GNR,RG->NR", sums_GNR.astype(jnp.float32), scales_RG, precision=full_precision(jnp.float32)
+        )
+    return (y_NR * scale_N[:, None]).astype(x_NK.dtype)
+
+
+# --- experts --------------------------------------------------------------------------------------------------
+
+
+def _expert(parts: Parts, e: Array) -> Parts:
+    codes, scales, zeros = parts
+    take = functools.partial(lax.dynamic_index_in_dim, index=e, axis=0, keepdims=False)
+    return take(codes), take(scales), None if zeros is None else take(zeros)
+
+
+def _by_tile(x_ND: Array, parts: Parts, sizes_E: Array, coding: Coding, columns: int, contract: int) -> Array:
+    """Each live expert dequantised once, then tiles of its rows; contract 1: forward, 0: dX."""
+    N = x_ND.shape[0]
+    E, F = parts[0].shape[:2]
+    big, small = _tiles(N, E)
+    live, order_E, first_E = _live(sizes_E)
+
+    def expert(i: Array, y: Array) -> Array:
+        e = order_E[i]
+        w_FD = dequantize(_expert(parts, e), coding, columns, x_ND.dtype)
+
+        def product(row: Array, count: int) -> Array:
+            return _dot(_rows(x_ND, row, count), w_FD, (1, contract)).astype(x_ND.dtype)
+
+        def visit_big(row: Array, y: Array) -> Array:
+            return lax.dynamic_update_slice(y, product(row, big), (row, 0))
+
+        def visit_small(row: Array, end: Array, y: Array) -> Array:
+            start, own_N1 = _window(row, end, small, N)
+            tile = jnp.where(own_N1, product(start, small), _rows(y, start, small))
+            return lax.dynamic_update_slice(y, tile, (start, 0))
+
+        return _for_tiles(first_E[e], sizes_E[e], (big, small), visit_big, visit_small, y)
+
+    return lax.fori_loop(0, live, expert, jnp.zeros((N, F if contract == 1 else columns), x_ND.dtype))
+
+
+def _by_vector(x_ND: Array, parts: Parts, sizes_E: Array, coding: Coding) -> Array:
+    """Few rows an expert: slab by slab, each dequantised once for all of its expert's rows."""
+    N, D = x_ND.shape
+    F = parts[0].shape[1]
+    f = slab_rows(F, D, coding)
+    slabs = F // f
+    live, order_E, first_E = _live(sizes_E)
+
+    def one(i: Array, y_NF: Array) -> Array:
+        e, part = order_E[i // slabs], i % slabs
+        w_fD = _slab(_expert(parts, e), part, f, coding, D, x_ND.dtype)
+
+        def row(n: Array, y_NF: Array) -> Array:
+            y_1f = _dot(_rows(x_ND, n, 1), w_fD, (1, 1)).astype(x_ND.dtype)
+            return lax.dynamic_update_slice(y_NF, y_1f, (n, part * f))
+
+        return lax.fori_loop(first_E[e], first_E[e] + sizes_E[e], row, y_NF)
+
+    return lax.fori_loop(0, live * slabs, one, jnp.zeros((N, F), x_ND.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_quantized_matmul(x_ND: Array, parts: Parts, sizes_E: Array, coding: Coding) -> Array:
+    """See `api.grouped_quantized_matmul`."""
+    N, D = x_ND.shape
+    E, F = parts[0].shape[:2]
+    if N == 0:
+        return jnp.zeros((0, F), x_ND.dtype)
+    if ROWS_BY_VECTOR * E >= N:
+        return _by_vector(x_ND, parts, sizes_E, coding)
+    return _by_tile(x_ND, parts, sizes_E, coding, D, 1)
+
+
+grouped_quantized_matmul.defvjp(
+    lambda x_ND, parts, sizes_E, coding: (
+        grouped_quantized_matmul(x_ND, parts, sizes_E, coding),
+        (parts, sizes_E, x_ND.shape[1]),
+    ),
+    lambda coding, saved, dy_NF: (
+        _by_tile(dy_NF, saved[0], saved[1], coding, saved[2], 0),
+        _no_gradient(saved[0]),
+        np.zeros(saved[1].shape, jax.dtypes.float0),
+    ),
+)

@@ -1,0 +1,124 @@
+"""A quantised leaf of the parameter tree: same place, same name, same letters as the array it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.kernels.quantized_matmul import (
+    Coding,
+    dequantize,
+    grouped_quantized_matmul,
+    quantized_matmul,
+)
+
+Array = jax.Array
+
+# Letters of one Hugging Face tensor's columns, by leaf letters: the matrix of o_DHU is [D, H * U].
+COLUMNS = {"DHU": 2}
+# Leading letters that count matrices: experts, and gate and up.
+STACKED = "EP"
+
+
+def columns_of(letters: str) -> int:
+    """How many trailing letters of a leaf are columns of its matrices."""
+    return COLUMNS.get(letters, 1)
+
+
+def matrices_of(letters: str) -> int:
+    """How many leading letters of a leaf count matrices, the layer axis not included."""
+    return len(letters) - len(letters.lstrip(STACKED)) if len(letters) > 2 else 0
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "zeros"],
+    meta_fields=["coding", "block_shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A stack of quantised matrices.
+
+    Leading axes (layers, experts, gate and up) are those of the leaf; what follows is one matrix, in codes
+    [rows, columns]. A scan over layers slices all three parts; `block_shape` is what one matrix looks like in the
+    leaf's own letters, e.g. (H, Q, A), and how many of these are rows follows from the number of columns.
+
+    Attributes:
+      codes: [..., rows, columns]; int4 has columns / 2.
+      scales: float32 [..., row blocks, column blocks].
+      zeros: uint8 zero points like `scales`, or None.
+      coding: how codes stand for values.
+      block_shape: shape of one matrix in the leaf.
+    """
+
+    codes: Array
+    scales: Array
+    zeros: Array | None
+    coding: Coding
+    block_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf that it stands for."""
+        return (*self.codes.shape[:-2], *self.block_shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Columns of one matrix."""
+        return math.prod(self.block_shape) // self.codes.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def astype(self, dtype: Any) -> Array:
+        """The whole leaf dequantised: where a product does not take it as stored."""
+        parts = (self.codes, self.scales, self.zeros)
+        return dequantize(parts, self.coding, self.columns, dtype).reshape(self.shape)
+
+    def layer(self, at: int) -> Quantized:
+        """One layer of a stack."""
+        return jax.tree.map(lambda x: x[at], self)  # type: ignore[no-any-return]
+
+    def product(self, x_NK: Array) -> Array:
+        """[N, columns] times the transposes of the matrices, of which there may be several (gate and up): [N, rows]."""
+        return jnp.concatenate(
+            [quantized_matmul(x_NK, *parts, coding=self.coding) for parts in self._matrices(0)], axis=-1
+        )
+
+    def grouped(self, x_ND: Array, group_sizes_E: Array) -> Array:
+        """Rows sorted by expert times their expert's matrices: [N, rows]."""
+        return jnp.concatenate(
+            [
+                grouped_quantized_matmul(x_ND, *parts, group_sizes_E, coding=self.coding)
+                for parts in self._matrices(1)
+            ],
+            axis=-1,
+        )
+
+    def _matrices(self, kept: int) -> list[tuple[Array, Array, Array | None]]:
+        """The parts with `kept` leading axes: matrices laid on top of each other, unless a block would straddle two."""
+        parts = (self.codes, self.scales, self.zeros)
+        head = self.codes.shape[:kept]
+        if self.codes.shape[-2] % self.coding.block_rows == 0:
+            return [jax.tree.map(lambda x: x.reshape(*head, -1, x.shape[-1]), parts)]
+        flat = jax.tree.map(lambda x: x.reshape(*head, -1, *x.shape[-2:]), parts)
+        count = math.prod(self.codes.shape[kept:-2])
+        return [jax.tree.map(lambda x, i=i: x[(slice(None),) * kept + (i,)], flat) for i in range(count)]
+
+
+def quantized_leaf(parts: Any, coding: Coding, block_shape: tuple[int, ...]) -> Quantized:
+    """A leaf on the device from (codes, scales, zeros) of any kind of array."""
+    codes, scales, zeros = parts
+    put = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
+    return Quantized(put(codes), put(scales), put(zeros), coding, tuple(block_shape))
