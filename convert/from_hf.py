@@ -21,7 +21,7 @@ from dsv3_jax.checkpoint.atomic import check_apart, on_disk
 from dsv3_jax.checkpoint.jobs import Conversion, Job, check_early
 from dsv3_jax.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from dsv3_jax.checkpoint.native import copy_files, tree_record, write_model_config
-from dsv3_jax.checkpoint.quantized import Stored, stored_arrays
+from dsv3_jax.checkpoint.quantized import Stored, scale_dtypes, stored_arrays
 from dsv3_jax.checkpoint.source import Source, open_source, travelling_files
 from dsv3_jax.checkpoint.store import skeleton_is_whole, write_skeleton
 from dsv3_jax.errors import ConfigError
@@ -92,11 +92,7 @@ def convert(
 
 
 def _arrays(source: Source, dtypes: Dtypes) -> dict[str, Stored]:
-    scales = {
-        entry.path: scale.dtype
-        for entry in source.entries
-        if entry.path in dtypes.formats and (scale := source.tensors[entry.name].scale) is not None
-    }
+    scales = scale_dtypes(source.entries, source.tensors, dtypes.formats)
     leaves = flatten_paths(source.abstract)
     return stored_arrays(source.entries, leaves, dtypes.leaves, dtypes.formats, scales)
 

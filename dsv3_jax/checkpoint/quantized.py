@@ -67,6 +67,17 @@ def stored_arrays(
     return arrays
 
 
+def scale_dtypes(
+    entries: Iterable[HFEntry], tensors: Mapping[str, StoredTensor], formats: Mapping[str, str]
+) -> dict[str, str]:
+    """The safetensors dtype of the scales of every leaf in `formats`."""
+    return {
+        entry.path: scale.dtype
+        for entry in entries
+        if entry.path in formats and (scale := tensors[entry.name].scale) is not None
+    }
+
+
 _PARTS = ("codes", "scales", "zeros")
 
 

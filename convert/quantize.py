@@ -1,0 +1,225 @@
+"""Quantise a checkpoint's weights, tensor by tensor: a native checkpoint a half, a quarter or an eighth the size.
+
+    python -m convert.quantize SRC_DIR DST_DIR --method int4 --group-size 128 [--calibration FILE] [--skip PATTERN]
+
+SRC_DIR is a native checkpoint, a training run or a Hugging Face folder. Without --calibration weights are rounded to
+nearest; with it int4 and int8 go by GPTQ (arXiv 2210.17323): the rounding error of a column is made up for by the
+columns after it, as far as the calibration text's activations tell. Norms, biases, router, embedding and head stay as
+they are. DST_DIR/quantization.json has the sizes and the error of every leaf; quantization.svg shows them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from convert.common import command, fingerprint, summary, tell, text_digest
+from dsv3_jax.checkpoint import layout
+from dsv3_jax.checkpoint.atomic import check_apart, on_disk
+from dsv3_jax.checkpoint.jobs import Conversion, Job, check_early
+from dsv3_jax.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from dsv3_jax.checkpoint.native import copy_files, tree_record, write_model_config
+from dsv3_jax.checkpoint.quantized import scale_dtypes, stored_arrays
+from dsv3_jax.checkpoint.source import Source, open_source
+from dsv3_jax.checkpoint.store import skeleton_is_whole, write_skeleton
+from dsv3_jax.errors import ConfigError
+from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
+from dsv3_jax.hf.safetensors import DTYPES
+from dsv3_jax.quantization.choose import DEFAULT_KINDS, chosen_leaves
+from dsv3_jax.quantization.formats import Format, parse_format
+from dsv3_jax.quantization.report import measure, write_report
+from dsv3_jax.quantization.streamed import quantized_pieces
+
+Kind = Literal["experts", "shared", "dense", "attention", "head"]
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    method: Literal["fp8", "int8", "int4"] = "int4",
+    group_size: int | None = None,
+    asymmetric: bool = False,
+    kinds: tuple[Kind, ...] = DEFAULT_KINDS,  # type: ignore[assignment]
+    skip: tuple[str, ...] = (),
+    calibration: Path | None = None,
+    calibration_tokens: int = 16384,
+    force: bool = False,
+    *,
+    quiet: bool = True,
+) -> Manifest:
+    """Quantise the chosen leaves of a checkpoint.
+
+    Raises:
+      ConfigError: flags, no checkpoint at `src`, or an existing `dst` without `force`.
+      DataError: the checkpoint is not whole, or a weight is not finite.
+      StorageError, OSError: disk full or failing; nothing is left behind.
+    """
+    from dsv3_jax.model import abstract_variables
+
+    fmt = _format(method, group_size, asymmetric)
+    check_early(dst, force)
+    started = time.monotonic()
+    source = open_source(src, abstract_variables)
+    check_apart(source.folder, dst)
+    formats, notes = choose(source, fmt, kinds, skip)
+    if not quiet:
+        tell([*source.notes, *notes])
+    gptq = None
+    if calibration is not None:
+        if fmt.kind == "fp8":
+            raise ConfigError("--calibration goes with int8 and int4; fp8 is rounded as DeepSeek releases it")
+        from convert.calibrate import Calibrated
+
+        gptq = Calibrated(source, formats, calibration, calibration_tokens, quiet=quiet)
+    jobs = _jobs(source, formats, gptq)
+    nbytes = sum(job.nbytes for job in jobs)
+    plan = {
+        "command": "quantize",
+        "formats": formats,
+        "files": fingerprint(tensor.file for tensor in source.tensors.values()),
+        "calibration": None if calibration is None else [text_digest(str(gptq)), calibration_tokens],
+    }
+    needed = sum(on_disk(job.nbytes) + 512 for job in jobs) + 16384 * len(source.leaf_dtypes)
+    with Conversion(dst, plan, force=force, nbytes=needed) as conversion:
+        if conversion.already_done:
+            return read_manifest(dst)
+        arrays = _skeleton(conversion, source, formats)
+        records = conversion.run(jobs, threads=1 if gptq else None, quiet=quiet)
+        out = conversion.out
+        write_model_config(out, source.cfg)
+        tokenizer = sorted(source.tokenizer_dir.iterdir()) if source.tokenizer_dir else []
+        copy_files([f for f in tokenizer if f.name in layout.TOKENIZER_FILES], out / layout.TOKENIZER)
+        if source.hf_config is not None:
+            hf = source.folder if source.kind == "hf" else source.folder / layout.HF
+            copy_files([hf / "config.json", *source.files], out / layout.HF)
+        (out / layout.MANIFEST).unlink(missing_ok=True)
+        report = measure(source, formats, out, "gptq" if gptq else "nearest")
+        write_report(report, out)
+        manifest = write_manifest(
+            out,
+            kind="weights",
+            tree=tree_record(arrays),
+            hf_dtypes={"leaves": _leaf_dtypes(source), "tensors": {}},
+            aliases=source.aliases,
+            hashed={job.file: records[job.key] for job in jobs},
+            quantization=formats,
+        )
+        conversion.finish()
+    if not quiet:
+        print(report.table())
+        print(summary(dst, len(jobs), nbytes, started))
+    return manifest
+
+
+def _format(method: str, group_size: int | None, asymmetric: bool) -> Format:
+    if method == "fp8" and (group_size is not None or asymmetric):
+        raise ConfigError("fp8 has blocks of 128 x 128: --group-size and --asymmetric go with int8 and int4")
+    if asymmetric and method != "int4":
+        raise ConfigError(f"--asymmetric goes with int4, not with {method}")
+    if group_size is not None and (group_size < 16 or group_size % 2 or group_size > 4096):
+        raise ConfigError(f"--group-size is {group_size}; an even number from 16 to 4096 expected")
+    size = f":{group_size}" if group_size else ""
+    return parse_format(f"{method}{'a' if asymmetric else ''}{size}")
+
+
+def choose(
+    source: Source, fmt: Format, kinds: tuple[str, ...], skip: tuple[str, ...]
+) -> tuple[dict[str, str], list[str]]:
+    """The format of every leaf that is quantised, those that already are included; and notes for the user."""
+    columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
+    formats, notes = dict(source.formats), []
+    for path in chosen_leaves(columns, kinds, skip):
+        own = fmt.fitting(columns[path])
+        if own is None:
+            notes.append(f"{path}: no group of 16 or more divides its {columns[path]} columns: left as it is")
+            continue
+        if own != fmt:
+            notes.append(f"{path}: groups of {own.group}, which divide its {columns[path]} columns")
+        formats[path] = str(own)
+    if not formats:
+        raise ConfigError("no leaf is left to quantise")
+    return formats, notes
+
+
+def _leaf_dtypes(source: Source) -> dict[str, str]:
+    """What an export gives back: of each leaf the type its values had (codes of FP8 stay FP8 while they are)."""
+    return dict(source.leaf_dtypes)
+
+
+def _skeleton(conversion: Conversion, source: Source, formats: dict[str, str]):  # type: ignore[no-untyped-def]
+    scales = scale_dtypes(source.entries, source.tensors, {p: f for p, f in formats.items() if source.formats.get(p) == f})
+    arrays = stored_arrays(
+        source.entries, flatten_paths(source.abstract), source.leaf_dtypes, formats, scales
+    )
+    chunks = {path: array.chunk for path, array in arrays.items()}
+    item = conversion.out / layout.WEIGHTS
+    if not (conversion.resumed and skeleton_is_whole(item, arrays, chunks)):
+        conversion.restart()
+        write_skeleton(item, {"params": {}, "router": {}, **unflatten_paths(arrays)}, chunks)
+    return arrays
+
+
+def _jobs(source: Source, formats: dict[str, str], gptq: Any) -> list[Job]:
+    jobs = []
+    for entry in source.entries if gptq is None else gptq.in_order(source.entries):
+        tensor = source.tensors[entry.name]
+        if entry.path not in formats:
+            stored = source.leaf_dtypes[entry.path]
+            file = layout.chunk_file(entry.path, entry.index, len(entry.block_shape))
+            nbytes = tensor.size * DTYPES[stored].itemsize
+            jobs.append(Job(file, file, 0, nbytes, partial(tensor.pieces, stored)))
+            continue
+        fmt = parse_format(formats[entry.path])
+        kept = source.formats.get(entry.path) == formats[entry.path]
+        for part, (shape, dtype) in fmt.part_shapes(entry.hf_shape).items():
+            file = layout.chunk_file(f"{entry.path}/{part}", entry.index, len(shape))
+            if kept:
+                nbytes, pieces = tensor.parts[part].nbytes, partial(tensor.part_pieces, part)
+            else:
+                nbytes = math.prod(shape) * dtype.itemsize
+                pieces = partial(
+                    gptq.pieces if gptq is not None else quantized_pieces,
+                    *((entry, part) if gptq is not None else (tensor, fmt, part)),
+                )
+            jobs.append(Job(file, file, 0, nbytes, pieces))
+    return jobs
+
+
+def main(
+    src: Positional[Path],
+    dst: Positional[Path],
+    method: Literal["fp8", "int8", "int4"] = "int4",
+    group_size: int | None = None,
+    asymmetric: bool = False,
+    kinds: tuple[Kind, ...] = DEFAULT_KINDS,  # type: ignore[assignment]
+    skip: tuple[str, ...] = (),
+    calibration: Path | None = None,
+    calibration_tokens: int = 16384,
+    force: bool = False,
+) -> None:
+    """Quantise a checkpoint's weights into a native checkpoint.
+
+    Args:
+      src: native checkpoint, training run folder (its newest valid step), or Hugging Face folder.
+      dst: checkpoint folder to make.
+      method: fp8 (e4m3, 128 x 128 blocks), int8, or int4.
+      group_size: columns that share a scale; by default 128 for int4 and the whole row for int8.
+      asymmetric: int4 with a zero point for each group.
+      kinds: which weights: experts, shared, dense, attention, head.
+      skip: leaves that stay as they are, by shell patterns of their paths, such as "*kv_b*".
+      calibration: text file; weights are then rounded by GPTQ on our own model's activations.
+      calibration_tokens: how many of its tokens are used.
+      force: replace DST if it is empty or a checkpoint.
+    """
+    convert(
+        src, dst, method, group_size, asymmetric, kinds, skip, calibration, calibration_tokens, force, quiet=False
+    )
+
+
+if __name__ == "__main__":
+    command("quantize", main)
