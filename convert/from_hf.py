@@ -65,7 +65,9 @@ def convert(
         "config": text_digest((src / "config.json").read_text(encoding="utf-8")),
     }
     # Chunks in whole blocks, two lines of text for each, two small files a leaf.
-    needed = sum(on_disk(job.nbytes) + 512 for job in jobs) + 8192 * (len(dtypes.leaves) + len(dtypes.formats))
+    needed = sum(on_disk(job.nbytes) + 512 for job in jobs) + 8192 * (
+        len(dtypes.leaves) + len(dtypes.formats)
+    )
     with Conversion(dst, plan, force=force, nbytes=needed) as conversion:
         if conversion.already_done:
             return read_manifest(dst)

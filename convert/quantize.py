@@ -24,13 +24,13 @@ from dsv3_jax.checkpoint.atomic import check_apart, on_disk
 from dsv3_jax.checkpoint.jobs import Conversion, Job, check_early
 from dsv3_jax.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from dsv3_jax.checkpoint.native import copy_files, tree_record, write_model_config
-from dsv3_jax.checkpoint.quantized import scale_dtypes, stored_arrays
+from dsv3_jax.checkpoint.quantized import Stored, scale_dtypes, stored_arrays
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.checkpoint.store import skeleton_is_whole, write_skeleton
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
 from dsv3_jax.hf.safetensors import DTYPES
-from dsv3_jax.quantization.choose import DEFAULT_KINDS, chosen_leaves
+from dsv3_jax.quantization.choose import DEFAULT_KINDS, choose_formats
 from dsv3_jax.quantization.formats import Format, parse_format
 from dsv3_jax.quantization.report import measure, write_report
 from dsv3_jax.quantization.streamed import quantized_pieces
@@ -66,7 +66,8 @@ def convert(
     started = time.monotonic()
     source = open_source(src, abstract_variables)
     check_apart(source.folder, dst)
-    formats, notes = choose(source, fmt, kinds, skip)
+    columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
+    formats, notes = choose_formats(columns, source.formats, fmt, kinds, skip)
     if not quiet:
         tell([*source.notes, *notes])
     gptq = None
@@ -104,7 +105,7 @@ def convert(
             out,
             kind="weights",
             tree=tree_record(arrays),
-            hf_dtypes={"leaves": _leaf_dtypes(source), "tensors": {}},
+            hf_dtypes={"leaves": dict(source.leaf_dtypes), "tensors": {}},
             aliases=source.aliases,
             hashed={job.file: records[job.key] for job in jobs},
             quantization=formats,
@@ -127,32 +128,9 @@ def _format(method: str, group_size: int | None, asymmetric: bool) -> Format:
     return parse_format(f"{method}{'a' if asymmetric else ''}{size}")
 
 
-def choose(
-    source: Source, fmt: Format, kinds: tuple[str, ...], skip: tuple[str, ...]
-) -> tuple[dict[str, str], list[str]]:
-    """The format of every leaf that is quantised, those that already are included; and notes for the user."""
-    columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
-    formats, notes = dict(source.formats), []
-    for path in chosen_leaves(columns, kinds, skip):
-        own = fmt.fitting(columns[path])
-        if own is None:
-            notes.append(f"{path}: no group of 16 or more divides its {columns[path]} columns: left as it is")
-            continue
-        if own != fmt:
-            notes.append(f"{path}: groups of {own.group}, which divide its {columns[path]} columns")
-        formats[path] = str(own)
-    if not formats:
-        raise ConfigError("no leaf is left to quantise")
-    return formats, notes
-
-
-def _leaf_dtypes(source: Source) -> dict[str, str]:
-    """What an export gives back: of each leaf the type its values had (codes of FP8 stay FP8 while they are)."""
-    return dict(source.leaf_dtypes)
-
-
-def _skeleton(conversion: Conversion, source: Source, formats: dict[str, str]):  # type: ignore[no-untyped-def]
-    scales = scale_dtypes(source.entries, source.tensors, {p: f for p, f in formats.items() if source.formats.get(p) == f})
+def _skeleton(conversion: Conversion, source: Source, formats: dict[str, str]) -> dict[str, Stored]:
+    kept = {path: fmt for path, fmt in formats.items() if source.formats.get(path) == fmt}
+    scales = scale_dtypes(source.entries, source.tensors, kept)
     arrays = stored_arrays(
         source.entries, flatten_paths(source.abstract), source.leaf_dtypes, formats, scales
     )
@@ -217,7 +195,17 @@ def main(
       force: replace DST if it is empty or a checkpoint.
     """
     convert(
-        src, dst, method, group_size, asymmetric, kinds, skip, calibration, calibration_tokens, force, quiet=False
+        src,
+        dst,
+        method,
+        group_size,
+        asymmetric,
+        kinds,
+        skip,
+        calibration,
+        calibration_tokens,
+        force,
+        quiet=False,
     )
 
 

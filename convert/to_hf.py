@@ -4,7 +4,8 @@
 
 `keep` gives every tensor the dtype it came in (recorded by `convert.from_hf`), or the stored one for weights that
 were trained here; FP8 weights come back as the same codes and scales. `fp8` rounds attention projections and
-feed-forward weights the way DeepSeek releases them (e4m3, a float32 scale per 128 x 128 block). config.json is written in the released dialect, with the unknown keys it came with.
+feed-forward weights the way DeepSeek releases them (e4m3, a float32 scale per 128 x 128 block). config.json is
+written in the released dialect, with the unknown keys it came with.
 """
 
 from __future__ import annotations
@@ -132,7 +133,9 @@ def exported(source: Source, dtype: str) -> dict[str, Exported]:
                 "hold here: --dtype bfloat16, float32 or fp8 expected"
             )
         elif entry.path in rounded:
-            result[entry.name] = Exported(FP8, entry.hf_shape, partial(quantized_pieces, tensor, fp8, "codes"))
+            result[entry.name] = Exported(
+                FP8, entry.hf_shape, partial(quantized_pieces, tensor, fp8, "codes")
+            )
             shape = fp8.part_shapes(entry.hf_shape)["scales"][0]
             scales = partial(quantized_pieces, tensor, fp8, "scales")
             result[entry.name + SCALE_SUFFIX] = Exported("F32", shape, scales)

@@ -3,8 +3,8 @@
     python -m convert.verify HF_DIR NATIVE_DIR [--cast]
 
 Exit 0 when every tensor of HF_DIR is in NATIVE_DIR byte for byte (FP8 tensors: codes and scales, or, where
-NATIVE_DIR holds them dequantised, the bytes of their values) and the other way round; exit 65 with the differences otherwise. `--cast` also accepts tensors stored in
-another dtype, if they are the cast of HF_DIR's.
+NATIVE_DIR holds them dequantised, the bytes of their values) and the other way round; exit 65 with the differences
+otherwise. `--cast` also accepts tensors stored in another dtype, if they are the cast of HF_DIR's.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from dsv3_jax.hf.safetensors import DTYPE_NAMES, DTYPES, TensorInfo
 from dsv3_jax.hf.tensors import SCALES, StoredTensor
 from dsv3_jax.quantization.formats import Format, parse_format
 
-
 E8M0 = "F8_E8M0"  # powers of two: zarr has no such type, so their bytes are stored as uint8
 
 
@@ -50,7 +49,7 @@ def stored_arrays(
       formats: format of each leaf that is.
       scale_dtypes: safetensors dtype of their scales, where it is not float32.
     """
-    first = {}
+    first: dict[str, HFEntry] = {}
     for entry in entries:
         first.setdefault(entry.path, entry)
     arrays: dict[str, Stored] = {}
@@ -114,10 +113,15 @@ class QuantizedLeaf:
                     f"{list(entry.hf_shape)}"
                 )
             nbytes = math.prod(shape) * leaf.dtype.itemsize
-            infos[name] = TensorInfo(
-                f"{entry.name} ({name})", leaf.file(entry.index), kind, shape, 0, nbytes
-            )
+            infos[name] = TensorInfo(f"{entry.name} ({name})", leaf.file(entry.index), kind, shape, 0, nbytes)
         codes = infos["codes"]
         return StoredTensor(
-            entry.name, codes.dtype, entry.hf_shape, codes.file, 0, infos["scales"], self.fmt, infos.get("zeros")
+            entry.name,
+            codes.dtype,
+            entry.hf_shape,
+            codes.file,
+            0,
+            infos["scales"],
+            self.fmt,
+            infos.get("zeros"),
         )

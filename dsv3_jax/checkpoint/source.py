@@ -19,7 +19,7 @@ import numpy as np
 from dsv3_jax.checkpoint import layout
 from dsv3_jax.checkpoint.manifest import problems_of, read_manifest
 from dsv3_jax.checkpoint.native import latest_step, read_model_config, step_folder
-from dsv3_jax.checkpoint.quantized import QuantizedLeaf, leaf_of, stored_arrays
+from dsv3_jax.checkpoint.quantized import E8M0, QuantizedLeaf, leaf_of, scale_dtypes, stored_arrays
 from dsv3_jax.checkpoint.store import open_leaf
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, DataError
@@ -29,7 +29,8 @@ from dsv3_jax.hf.rules import HFEntry, flatten_paths, hf_entries, unflatten_path
 from dsv3_jax.hf.safetensors import DTYPE_NAMES, DTYPES, SafetensorsFolder, parse_json
 from dsv3_jax.hf.tensors import StoredTensor, fill
 from dsv3_jax.quantization.formats import parse_format
-from dsv3_jax.quantization.leaf import Quantized
+from dsv3_jax.quantization.leaf import quantized_leaf
+from dsv3_jax.quantization.streamed import quantized_pieces
 
 AbstractFn = Callable[[ModelConfig], Mapping[str, Any]]
 
@@ -81,49 +82,51 @@ class Source:
     step: int | None = None
 
     def load(
-        self, dtype: Any = None, *, keep_quantized: bool = False, threads: int = 4
+        self, dtype: Any = None, *, formats: Mapping[str, str] | None = None, threads: int = 4
     ) -> dict[str, Any]:
-        """All weights as numpy arrays, {"params", "router"}; each tensor is read straight into its leaf.
+        """All weights, {"params", "router"}, as numpy arrays; each tensor is read straight into its leaf.
 
         Args:
-          dtype: of all weights ("float32", "bfloat16" or a numpy dtype); None keeps the stored one. Router biases
-            are float32 always.
-          keep_quantized: leaves that are stored quantised come as `Quantized`, else dequantised (to bfloat16 where
-            no dtype is asked for).
+          dtype: of all weights ("float32", "bfloat16" or a numpy dtype); None keeps the stored one (bfloat16 for
+            what is dequantised). Router biases are float32 always.
+          formats: quantisation format of the leaves that come as `Quantized`, codes as they are stored (pass
+            `self.formats`) or rounded to nearest now; other leaves are dequantised.
         """
         asked = None if dtype is None else _NAMES.get(str(dtype)) or DTYPE_NAMES[np.dtype(dtype)]
-        formats = self.formats if keep_quantized else {}
+        formats = formats or {}
         abstract = flatten_paths(self.abstract)
-        wanted = {
-            path: "F32" if is_router(path) else asked or self.leaf_dtypes[path] for path in abstract
-        }
+        wanted = {path: "F32" if is_router(path) else asked or self.leaf_dtypes[path] for path in abstract}
+        scales = scale_dtypes(
+            self.entries, self.tensors, {p: f for p, f in formats.items() if self.formats.get(p) == f}
+        )
         arrays: dict[str, np.ndarray] = {
             path: np.empty(stored.shape, stored.dtype)
-            for path, stored in stored_arrays(self.entries, abstract, wanted, formats).items()
+            for path, stored in stored_arrays(self.entries, abstract, wanted, formats, scales).items()
         }
 
         def read(entry: HFEntry) -> None:
-            tensor = self.tensors[entry.name]
-            if entry.path not in formats:
+            tensor, fmt = self.tensors[entry.name], formats.get(entry.path)
+            if fmt is None:
                 tensor.read_into(arrays[entry.path][entry.index].reshape(-1))
                 return
-            for part in tensor.parts:
+            for part in parse_format(fmt).part_shapes(entry.hf_shape):
+                stored = self.formats.get(entry.path) == fmt
+                pieces = (
+                    tensor.part_pieces(part) if stored else quantized_pieces(tensor, parse_format(fmt), part)
+                )
                 block = arrays[f"{entry.path}/{part}"][entry.index].reshape(-1)
-                fill(block, tensor.part_pieces(part))
+                fill(block, (piece.view(block.dtype) for piece in pieces))
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(read, self.entries))
-        blocks = {entry.path: entry for entry in self.entries if entry.path in formats}
+        first = {entry.path: entry for entry in reversed(self.entries)}
         leaves: dict[str, Any] = {path: array for path, array in arrays.items() if path in abstract}
         for path, fmt in formats.items():
-            entry = blocks[path]
-            leaves[path] = Quantized(
-                arrays[f"{path}/codes"],
-                arrays[f"{path}/scales"],
-                arrays.get(f"{path}/zeros"),
-                parse_format(fmt).coding(entry.hf_shape[1]),
-                entry.block_shape,
-            )
+            parts = [arrays.get(f"{path}/{part}") for part in ("codes", "scales", "zeros")]
+            if scales.get(path) == E8M0:
+                parts[1] = parts[1].view(DTYPES[E8M0])  # type: ignore[union-attr]
+            coding = parse_format(fmt).coding(first[path].hf_shape[1])
+            leaves[path] = quantized_leaf(parts, coding, first[path].block_shape)
         return {"params": {}, "router": {}, **unflatten_paths(leaves)}
 
     def count_parameters(self) -> int:
@@ -234,7 +237,8 @@ def _open_native(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source
         abstract=tree,
         entries=entries,
         tensors=tensors,
-        leaf_dtypes={path: DTYPE_NAMES[leaf.dtype] for path, leaf in leaves.items()} | dict.fromkeys(coded, "BF16"),
+        leaf_dtypes={path: DTYPE_NAMES[leaf.dtype] for path, leaf in leaves.items()}
+        | dict.fromkeys(coded, "BF16"),
         formats=formats,
         export_dtypes={entry.name: manifest.export_dtype(entry.name, entry.path) for entry in entries},
         aliases=manifest.aliases,

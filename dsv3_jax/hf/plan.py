@@ -255,8 +255,8 @@ def choose_dtypes(entries: Iterable[HFEntry], sources: Mapping[str, StoredTensor
     """The storage of every leaf for `dtype` "keep", "BF16" or "F32"; `sources` says where each entry's tensor lies.
 
     keep records each tensor's own dtype; a stack whose tensors differ is stored in the wider one, which holds
-    both exactly; a stack that is quantised in one way throughout stays so. A cast records the dtype that was asked for: an export then gives what the user asked, not what
-    the source had. A router bias is stored as float32 and keeps its record under every cast.
+    both exactly; a stack that is quantised in one way throughout stays so. A cast records the dtype that was asked
+    for: an export then gives what the user asked, not what the source had. A router bias is stored as float32 and keeps its record under every cast.
     """
     leaves: dict[str, str] = {}
     tensors: dict[str, str] = {}
@@ -280,7 +280,9 @@ def choose_dtypes(entries: Iterable[HFEntry], sources: Mapping[str, StoredTensor
         leaves[path] = "F32" if is_router(path) else widest(found, path)
         if coded and kept:
             widened += len(coded)
-            notes.append(f"{path}: its tensors are quantised in several ways; the stack is stored as {leaves[path]}")
+            notes.append(
+                f"{path}: its tensors are quantised in several ways; the stack is stored as {leaves[path]}"
+            )
         elif len(found) > 1:
             mixed = " and ".join(sorted(found))
             notes.append(f"{path}: its tensors are {mixed}; the stack is stored as {leaves[path]}")

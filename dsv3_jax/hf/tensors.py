@@ -147,7 +147,9 @@ def _rows_of(info: TensorInfo, first: int, stop: int, height: int) -> np.ndarray
     begin, end = first // height, -(-stop // height)
     dtype = DTYPES[info.dtype]
     offset = info.offset + begin * info.shape[1] * dtype.itemsize
-    return _checked(info, read_array(info.file, offset, dtype, (end - begin, info.shape[1]), what=repr(info.name)))
+    return _checked(
+        info, read_array(info.file, offset, dtype, (end - begin, info.shape[1]), what=repr(info.name))
+    )
 
 
 def _checked(info: TensorInfo, part: np.ndarray) -> np.ndarray:
@@ -165,7 +167,9 @@ def differing_part(a: StoredTensor, b: StoredTensor) -> str | None:
         other = b.parts[name]
         if (info.dtype, info.shape) != (other.dtype, other.shape):
             return name
-        if any(x.tobytes() != y.tobytes() for x, y in zip(a.part_pieces(name), b.part_pieces(name), strict=True)):
+        if any(
+            x.tobytes() != y.tobytes() for x, y in zip(a.part_pieces(name), b.part_pieces(name), strict=True)
+        ):
             return name
     return None
 

@@ -15,6 +15,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import DataError
 from dsv3_jax.inference.weights import Weights, unstack_layers
 from dsv3_jax.model import abstract_variables
+from dsv3_jax.quantization.choose import choose_formats
+from dsv3_jax.quantization.formats import parse_format
 from dsv3_jax.text import Tokenizer
 
 
@@ -46,11 +48,17 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def open_model(folder: str | Path, dtype: str | None = None) -> OpenedModel:
+def open_model(folder: str | Path, dtype: str | None = None, quantize: str | None = None) -> OpenedModel:
     """Open a native checkpoint, a run folder (its newest step) or a Hugging Face folder.
 
+    Weights that are stored quantised stay so in memory.
+
+    Args:
+      dtype: compute type; by default `default_dtype()`.
+      quantize: format, such as "int8" or "int4:64", that attention and feed-forward weights are rounded to when they
+        are loaded.
     Raises:
-      ConfigError: no checkpoint, or one of another architecture.
+      ConfigError: no checkpoint, or one of another architecture, or an unknown format.
       DataError: a checkpoint that is not whole, or a tokenizer that cannot be read.
     """
     source = open_source(folder, abstract_variables)
@@ -62,7 +70,11 @@ def open_model(folder: str | Path, dtype: str | None = None) -> OpenedModel:
         mtp_own_head=False,
     )
     tokenizer = None if source.tokenizer_dir is None else Tokenizer.load(source.tokenizer_dir)
-    notes = list(source.notes)
+    notes, formats = list(source.notes), source.formats
+    if quantize is not None:
+        columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
+        formats, more = choose_formats(columns, formats, parse_format(quantize))
+        notes += more
     if tokenizer is None:
         tokenizer = Tokenizer.bytes()
         notes.append("the checkpoint has no tokenizer: text is read and written as bytes")
@@ -72,8 +84,8 @@ def open_model(folder: str | Path, dtype: str | None = None) -> OpenedModel:
         tokenizer=tokenizer,
         eos_ids=_eos_ids(source, tokenizer),
         vocab_limit=min(tokenizer.vocab_size, cfg.vocab_size) if real else None,
-        identity=_identity(source, tokenizer),
-        load=lambda: unstack_layers(cfg, source.load()),
+        identity=[*_identity(source, tokenizer), quantize],
+        load=lambda: unstack_layers(cfg, source.load(formats=formats)),
         notes=notes,
     )
 

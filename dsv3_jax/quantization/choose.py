@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.quantization.formats import Format
 
 KINDS = {
     "experts": r"/mlp/experts/(gate_up_EPFD|down_EDF)$",
@@ -51,3 +52,33 @@ def chosen_leaves(
         for path in paths
         if kind_of_leaf(path) in kinds and not any(fnmatch.fnmatchcase(path, pattern) for pattern in skip)
     ]
+
+
+def choose_formats(
+    columns: Mapping[str, int],
+    stored: Mapping[str, str],
+    fmt: Format,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    skip: Sequence[str] = (),
+) -> tuple[dict[str, str], list[str]]:
+    """The format of every leaf that is to be quantised, and notes for the user.
+
+    Args:
+      columns: leaf path -> columns of its matrices, all leaves.
+      stored: formats of the leaves that are quantised already; those that are not chosen stay as they are.
+      fmt: the format; where its groups do not divide the columns, smaller ones that do.
+    Raises:
+      ConfigError: as `chosen_leaves`, or no leaf is left.
+    """
+    formats, notes = dict(stored), []
+    for path in chosen_leaves(columns, kinds, skip):
+        own = fmt.fitting(columns[path])
+        if own is None:
+            notes.append(f"{path}: no group of 16 or more divides its {columns[path]} columns: left as it is")
+            continue
+        if own != fmt:
+            notes.append(f"{path}: groups of {own.group}, which divide its {columns[path]} columns")
+        formats[path] = str(own)
+    if not formats:
+        raise ConfigError("no leaf is left to quantise")
+    return formats, notes

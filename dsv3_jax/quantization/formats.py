@@ -98,7 +98,8 @@ def parse_format(text: str) -> Format:
     name, _, size = body.partition(":")
     known = {"fp8": ("fp8", False), "int8": ("int8", False), "int4": ("int4", False), "int4a": ("int4", True)}
     bad = ConfigError(
-        f"quantisation format {text!r}; expected fp8, int8, int8:GROUP, int4:GROUP or int4a:GROUP (int8 also with +act8)"
+        f"quantisation format {text!r}; expected fp8, int8, int8:GROUP, int4:GROUP or int4a:GROUP "
+        "(int8 also with +act8)"
     )
     if name not in known or (plus and (extra != "act8" or name != "int8")) or (size and not size.isdigit()):
         raise bad
@@ -189,7 +190,9 @@ def _fp8(matrix: np.ndarray, coding: Coding) -> Parts:
     blocks = np.pad(matrix, pad).reshape(*matrix.shape[:-2], down, height, across, width)
     scales = _nonzero(np.abs(blocks).max(axis=(-3, -1)) / np.float32(FP8_MAX))
     scaled = np.clip(blocks / scales[..., :, None, :, None], -FP8_MAX, FP8_MAX)
-    codes = scaled.reshape(*matrix.shape[:-2], down * height, across * width)[..., :rows, :columns].astype(E4M3)
+    codes = scaled.reshape(*matrix.shape[:-2], down * height, across * width)[..., :rows, :columns].astype(
+        E4M3
+    )
     return Parts(np.ascontiguousarray(codes), scales)
 
 

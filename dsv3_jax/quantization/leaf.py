@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax.kernels.quantized_matmul import (
     Coding,
@@ -18,21 +20,6 @@ from dsv3_jax.kernels.quantized_matmul import (
 )
 
 Array = jax.Array
-
-# Letters of one Hugging Face tensor's columns, by leaf letters: the matrix of o_DHU is [D, H * U].
-COLUMNS = {"DHU": 2}
-# Leading letters that count matrices: experts, and gate and up.
-STACKED = "EP"
-
-
-def columns_of(letters: str) -> int:
-    """How many trailing letters of a leaf are columns of its matrices."""
-    return COLUMNS.get(letters, 1)
-
-
-def matrices_of(letters: str) -> int:
-    """How many leading letters of a leaf count matrices, the layer axis not included."""
-    return len(letters) - len(letters.lstrip(STACKED)) if len(letters) > 2 else 0
 
 
 @functools.partial(
@@ -88,7 +75,7 @@ class Quantized:
 
     def layer(self, at: int) -> Quantized:
         """One layer of a stack."""
-        return jax.tree.map(lambda x: x[at], self)  # type: ignore[no-any-return]
+        return jax.tree.map(lambda x: x[at], self)
 
     def product(self, x_NK: Array) -> Array:
         """[N, columns] times the transposes of the matrices, of which there may be several (gate and up): [N, rows]."""
@@ -117,8 +104,9 @@ class Quantized:
         return [jax.tree.map(lambda x, i=i: x[(slice(None),) * kept + (i,)], flat) for i in range(count)]
 
 
-def quantized_leaf(parts: Any, coding: Coding, block_shape: tuple[int, ...]) -> Quantized:
-    """A leaf on the device from (codes, scales, zeros) of any kind of array."""
+def quantized_leaf(parts: Sequence[Any], coding: Coding, block_shape: tuple[int, ...]) -> Quantized:
+    """A leaf of (codes, scales, zeros or None), numpy or jax arrays."""
     codes, scales, zeros = parts
-    put = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
-    return Quantized(put(codes), put(scales), put(zeros), coding, tuple(block_shape))
+    if str(scales.dtype) == "float8_e8m0fnu":  # which few operations take
+        scales = np.asarray(scales).astype(np.float32)
+    return Quantized(codes, scales, zeros, coding, tuple(block_shape))

@@ -93,8 +93,12 @@ def measure(source: Any, formats: Mapping[str, str], out: Path, rounding: str) -
             LeafError(
                 path,
                 formats[path],
-                *sizes[path],
-                [math.sqrt(error / weight) if weight else 0.0 for error, weight in map(tuple, by_layer.values())],
+                sizes[path][0],
+                sizes[path][1],
+                [
+                    math.sqrt(error / weight) if weight else 0.0
+                    for error, weight in map(tuple, by_layer.values())
+                ],
             )
             for path, by_layer in sums.items()
         ],
@@ -130,8 +134,8 @@ def svg(report: Report) -> str:
     worst = max(max(leaf.by_layer) for leaf in report.leaves) or 1.0
     width, height = left + bar * layers + right, 56 + row * len(report.leaves)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="system-ui, sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="system-ui, sans-serif" font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>',
         f'<text x="12" y="22" font-size="14" fill="#111">Relative error |w - w&#8242;| / |w| by layer, rounding: '
         f"{report.rounding} (full height: {worst:.4f})</text>",
     ]
@@ -145,7 +149,6 @@ def svg(report: Report) -> str:
                 f'<rect x="{left + bar * layer}" y="{base - tall:.1f}" width="{bar - 3}" height="{tall:.1f}" '
                 f'fill="#2563a8"><title>{name}, layer {layer} of its stack: {error:.5f}</title></rect>'
             )
-        parts.append(
-            f'<text x="{left + bar * len(leaf.by_layer) + 8}" y="{base - 4}" fill="#333">{max(leaf.by_layer):.4f}</text>'
-        )
+        end = left + bar * len(leaf.by_layer) + 8
+        parts.append(f'<text x="{end}" y="{base - 4}" fill="#333">{max(leaf.by_layer):.4f}</text>')
     return "\n".join([*parts, "</svg>", ""])

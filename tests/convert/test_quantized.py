@@ -24,7 +24,9 @@ BLOCK = (16, 16)
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK), "own": [1]}
 
 
-def fp8_folder(folder: Path, *, mtp: int = 1, shards: int = 4, scales: Any = np.float32) -> dict[str, np.ndarray]:
+def fp8_folder(
+    folder: Path, *, mtp: int = 1, shards: int = 4, scales: Any = np.float32
+) -> dict[str, np.ndarray]:
     raw, tensors = folders.tensors_of("v3", mtp=mtp)
     tensors = folders.quantized(tensors, BLOCK)
     if scales is not np.float32:
@@ -62,7 +64,7 @@ def test_values_of_a_kept_folder(tmp_path: Path) -> None:
     for name in ("hf", "native"):
         source = open_source(tmp_path / name, folders.abstract_variables)
         loaded[name] = flatten_paths(source.load("float32"))
-        kept = flatten_paths(source.load("float32", keep_quantized=True))
+        kept = flatten_paths(source.load("float32", formats=source.formats))
         for path, leaf in kept.items():
             whole = np.asarray(leaf.astype(np.float32))
             assert whole.tobytes() == loaded[name][path].tobytes(), path
@@ -70,7 +72,9 @@ def test_values_of_a_kept_folder(tmp_path: Path) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded["hf"], loaded["native"]))
 
 
-def test_a_stack_of_two_kinds_is_widened_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stack_of_two_kinds_is_widened_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw, tensors = folders.tensors_of("v3")
     tensors = folders.quantized(tensors, BLOCK)
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -151,5 +155,5 @@ def test_codes_without_a_hugging_face_form_are_not_kept(tmp_path: Path) -> None:
     raw, tensors = folders.tensors_of("v3")
     folders.write(tmp_path / "hf", raw, tensors)
     quantize.convert(tmp_path / "hf", tmp_path / "q", method="int8")
-    with pytest.raises(ConfigError, match="int8.*--dtype"):
+    with pytest.raises(ConfigError, match=r"int8.*--dtype"):
         to_hf.convert(tmp_path / "q", tmp_path / "back")

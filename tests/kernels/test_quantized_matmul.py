@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.quantized_matmul import Coding, dequantize, grouped_quantized_matmul, quantized_matmul
-from dsv3_jax.kernels.quantized_matmul import reference
+from dsv3_jax.kernels.quantized_matmul import (
+    Coding,
+    dequantize,
+    grouped_quantized_matmul,
+    quantized_matmul,
+    reference,
+)
 from dsv3_jax.kernels.quantized_matmul.shapes import SHAPES
 from dsv3_jax.quantization import formats
 from dsv3_jax.quantization.formats import parse_format, quantize

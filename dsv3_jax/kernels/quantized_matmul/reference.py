@@ -136,11 +136,11 @@ def _eight_by_eight(x_NK: Array, parts: Parts, coding: Coding) -> Array:
         y_NR = sums_NR.astype(jnp.float32) * scales_RG[None, :, 0]
     else:
         pad = G * coding.block_columns - K
-        groups = [
+        ours, theirs = (
             jnp.pad(c, ((0, 0), (0, pad))).reshape(-1, G, coding.block_columns) for c in (codes_NK, codes_RK)
-        ]
+        )
         dims_G = (((2,), (2,)), ((1,), (1,)))
-        sums_GNR = lax.dot_general(*groups, dims_G, preferred_element_type=jnp.int32)
+        sums_GNR = lax.dot_general(ours, theirs, dims_G, preferred_element_type=jnp.int32)
         y_NR = jnp.einsum(
             "GNR,RG->NR", sums_GNR.astype(jnp.float32), scales_RG, precision=full_precision(jnp.float32)
         )
