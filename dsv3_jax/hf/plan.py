@@ -256,7 +256,8 @@ def choose_dtypes(entries: Iterable[HFEntry], sources: Mapping[str, StoredTensor
 
     keep records each tensor's own dtype; a stack whose tensors differ is stored in the wider one, which holds
     both exactly; a stack that is quantised in one way throughout stays so. A cast records the dtype that was asked
-    for: an export then gives what the user asked, not what the source had. A router bias is stored as float32 and keeps its record under every cast.
+    for: an export then gives what the user asked, not what the source had. A router bias is stored as float32 and
+    keeps its record under every cast.
     """
     leaves: dict[str, str] = {}
     tensors: dict[str, str] = {}

@@ -18,7 +18,7 @@ from dsv3_jax.kernels.grouped_matmul import grouped_matmul as _grouped_matmul
 from dsv3_jax.kernels.grouped_matmul import grouped_swiglu as _grouped_swiglu
 from dsv3_jax.kernels.registry import full_precision
 from dsv3_jax.parallel.leaves import Sharded, enter, leave
-from dsv3_jax.quantization.leaf import Quantized
+from dsv3_jax.quantization.leaf import Multiplying
 
 Array = jax.Array
 
@@ -55,12 +55,12 @@ def einsum(equation: str, x: Array, weight: Any, *, dtype: Any = None) -> Array:
 
     The weight is cast to the compute type (`dtype`, by default that of `x`); the sum is float32 inside. A `Sharded`
     weight is gathered for this product alone, again in backward; one that stays cut over an axis gives that part of
-    the outputs, or, where the letter it is cut along is summed over, the whole sum. A `Quantized` weight is
+    the outputs, or, where the letter it is cut along is summed over, the whole sum. A quantised weight is
     multiplied as it is stored.
     """
     dtype = dtype or x.dtype
     x = x.astype(dtype)
-    if isinstance(weight, Quantized):
+    if isinstance(weight, Multiplying):
         return _quantized_product(equation, x, weight)
     if not isinstance(weight, Sharded):
         return _product(equation, x, weight.astype(dtype))
@@ -84,7 +84,7 @@ def _as_matrix(equation: str) -> tuple[str, str, str] | None:
     )
 
 
-def _quantized_product(equation: str, x: Array, weight: Quantized) -> Array:
+def _quantized_product(equation: str, x: Array, weight: Multiplying) -> Array:
     letters = _as_matrix(equation)
     # The columns of the stored matrix must be what is summed over (not so in the absorbed use of kv_b).
     if letters is None or math.prod(x.shape[len(letters[0]) :]) != weight.columns:
@@ -113,7 +113,7 @@ def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
 
     A weight that is cut over an axis gives the product with this device's part (`RoutedExperts` adds them up).
     """
-    if isinstance(weight, Quantized):
+    if isinstance(weight, Multiplying):
         return weight.grouped(x_ND, group_sizes_E)
     weight = weight.astype(x_ND.dtype)
     matrices = weight.reshape(weight.shape[0], -1, weight.shape[-1])
@@ -136,6 +136,6 @@ def rows(weight: Any, ids: Array, dtype: Any) -> Array:
 
 def part(weight: Any, axis: int, start: int, stop: int) -> Any:
     """A slice of a weight along one axis, e.g. the key rows of kv_b."""
-    if isinstance(weight, Quantized):  # blocks need not end where the slice does
+    if isinstance(weight, Multiplying):  # blocks need not end where the slice does
         weight = weight.astype(jnp.float32)
     return jax.lax.slice_in_dim(weight, start, stop, axis=axis)

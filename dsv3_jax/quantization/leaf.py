@@ -22,13 +22,32 @@ from dsv3_jax.kernels.quantized_matmul import (
 Array = jax.Array
 
 
+class Multiplying:
+    """A leaf that is no array and does its products itself; `dsv3_jax.model.module` asks it to."""
+
+    shape: tuple[int, ...]
+    columns: int
+
+    def astype(self, dtype: Any) -> Array:
+        """The array that it stands for."""
+        raise NotImplementedError
+
+    def product(self, x_NK: Array) -> Array:
+        """[N, columns] times the transpose of its matrices laid on top of each other: [N, rows]."""
+        raise NotImplementedError
+
+    def grouped(self, x_ND: Array, group_sizes_E: Array) -> Array:
+        """Rows sorted by expert times their expert's matrices: [N, rows]."""
+        raise NotImplementedError
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "zeros"],
     meta_fields=["coding", "block_shape"],
 )
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class Quantized(Multiplying):
     """A stack of quantised matrices.
 
     Leading axes (layers, experts, gate and up) are those of the leaf; what follows is one matrix, in codes
@@ -50,7 +69,7 @@ class Quantized:
     block_shape: tuple[int, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Shape of the leaf that it stands for."""
         return (*self.codes.shape[:-2], *self.block_shape)
 
@@ -59,7 +78,7 @@ class Quantized:
         return len(self.shape)
 
     @property
-    def columns(self) -> int:
+    def columns(self) -> int:  # type: ignore[override]
         """Columns of one matrix."""
         return math.prod(self.block_shape) // self.codes.shape[-2]
 

@@ -1,0 +1,241 @@
+"""Calibration for GPTQ: our own model over real text, one layer at a time.
+
+Layer by layer: read its weights, run the calibration tokens through it and collect, for every matrix, the sum of outer
+products of its inputs; round its matrices; run the tokens through the rounded layer, whose outputs are the next layer's
+inputs. Only one layer's weights and one batch of activations are on the device; the hidden states of all calibration
+tokens stay in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.checkpoint.source import Source
+from dsv3_jax.errors import ConfigError, DataError
+from dsv3_jax.hf.plan import in_mtp
+from dsv3_jax.hf.rules import HFEntry, flatten_paths, layer_offset, unflatten_paths
+from dsv3_jax.model.attention import Context
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.rope import rope_tables
+from dsv3_jax.quantization.formats import Parts, parse_format, quantize
+from dsv3_jax.quantization.gptq import gptq
+from dsv3_jax.quantization.leaf import quantized_leaf
+from dsv3_jax.quantization.recorded import Moments, Recorded
+from dsv3_jax.text import Tokenizer
+
+SEQUENCE = 512
+"""Tokens of one calibration sequence, at most."""
+
+PRIOR = 64.0
+"""An expert's moments count as if this many inputs of the average expert had been seen too."""
+
+MOST_EXPERT_BYTES = 4 << 30
+"""Larger sets of moments, one matrix an expert, give way to one matrix for all experts of a layer."""
+
+
+class Calibrated:
+    """GPTQ's codes of every tensor, made layer by layer as they are asked for.
+
+    Leaves outside the layers, and the multi-token module, are rounded to nearest.
+
+    Raises:
+      ConfigError: no tokenizer, or a text that gives too few tokens.
+    """
+
+    def __init__(
+        self, source: Source, formats: dict[str, str], text: Path, tokens: int, *, quiet: bool = True
+    ) -> None:
+        self._source, self._formats, self._quiet = source, formats, quiet
+        self._cfg = dataclasses.replace(
+            source.cfg,
+            dtype="float32",
+            num_nextn_predict_layers=0,
+            mtp_own_embedding=False,
+            mtp_own_head=False,
+        )
+        self._tokens_BT = read_tokens(source, text, tokens)
+        self._moments = Moments()
+        self._lock = threading.Lock()
+        self._hidden_BTD: np.ndarray | None = None
+        self._layer = -1
+        self._parts: dict[str, Parts] = {}
+
+    def __str__(self) -> str:
+        """What the result depends on besides the weights."""
+        return hashlib.sha256(self._tokens_BT.tobytes()).hexdigest()
+
+    def in_order(self, entries: list[HFEntry]) -> list[HFEntry]:
+        """Entries in the order in which their codes can be made: layer after layer."""
+        return sorted(entries, key=self._layer_of)
+
+    def pieces(self, entry: HFEntry, part: str) -> Iterator[np.ndarray]:
+        """The flat pieces of "codes", "scales" or "zeros" of one tensor; tensors must be asked for in order."""
+        with self._lock:
+            parts = self._parts_of(entry)
+        piece = getattr(parts, part)
+        assert piece is not None, (entry.name, part)
+        yield np.ascontiguousarray(piece).reshape(-1)
+
+    def _layer_of(self, entry: HFEntry) -> int:
+        if in_mtp(entry.path) or not entry.index or entry.path.split("/")[1] not in ("dense", "moe"):
+            return -1
+        return layer_offset(self._source.cfg, entry.path) + entry.index[0]
+
+    def _parts_of(self, entry: HFEntry) -> Parts:
+        layer = self._layer_of(entry)
+        if layer < 0:
+            matrix = self._source.tensors[entry.name].read("F32")
+            return quantize(matrix, parse_format(self._formats[entry.path]))
+        while self._layer < layer:
+            self._next_layer()
+        return self._parts[entry.name]
+
+    def _next_layer(self) -> None:
+        cfg = self._cfg
+        if self._hidden_BTD is None:
+            self._hidden_BTD = self._embed()
+        self._layer += 1
+        kind = "dense" if self._layer < cfg.num_dense_layers else "moe"
+        entries = [entry for entry in self._source.entries if self._layer_of(entry) == self._layer]
+        leaves = self._read(entries)
+        self._moments.clear()
+        columns = {entry.path: entry.hf_shape[-1] for entry in entries}
+        recorded = {
+            path: Recorded(leaf, path, self._moments.add, columns[path])
+            if path in self._formats and _fits(path, columns[path], leaf.shape)
+            else leaf
+            for path, leaf in leaves.items()
+        }
+        self._run(kind, recorded, keep=False)
+        self._parts = {
+            entry.name: self._round(entry, leaves) for entry in entries if entry.path in self._formats
+        }
+        self._run(kind, self._rounded(entries, leaves), keep=True)
+        if not self._quiet:
+            print(f"calibrated layer {self._layer + 1} of {cfg.num_hidden_layers}", file=sys.stderr)
+
+    def _embed(self) -> np.ndarray:
+        (entry,) = (entry for entry in self._source.entries if entry.path == "params/embed_VD")
+        table_VD = self._source.tensors[entry.name].read("F32")
+        return table_VD[self._tokens_BT]
+
+    def _read(self, entries: list[HFEntry]) -> dict[str, np.ndarray]:
+        """The leaves of one layer, float32, without their layer axis."""
+        shapes = flatten_paths(self._source.abstract)
+        leaves: dict[str, np.ndarray] = {}
+        for entry in entries:
+            leaf = leaves.setdefault(entry.path, np.empty(shapes[entry.path].shape[1:], np.float32))
+            self._source.tensors[entry.name].read_into(leaf[entry.index[1:]].reshape(-1))
+        return leaves
+
+    def _run(self, kind: str, leaves: dict[str, Any], *, keep: bool) -> None:
+        """The calibration tokens through one layer, in batches; its outputs take the place of the inputs if kept."""
+        stack = {"params": f"params/{kind}/", "router": f"router/{kind}/"}
+        variables = {
+            name: unflatten_paths(
+                {p.removeprefix(prefix): leaf for p, leaf in leaves.items() if p.startswith(prefix)}
+            )
+            for name, prefix in stack.items()
+        }
+        hidden_BTD = self._hidden_BTD
+        assert hidden_BTD is not None
+        for start in range(0, len(hidden_BTD), _ROWS):
+            rows = slice(start, start + _ROWS)
+            out = jax.block_until_ready(_layer(self._cfg, kind, variables, hidden_BTD[rows]))
+            jax.effects_barrier()
+            if keep:
+                hidden_BTD[rows] = np.asarray(out)
+
+    def _round(self, entry: HFEntry, leaves: dict[str, np.ndarray]) -> Parts:
+        fmt = parse_format(self._formats[entry.path])
+        matrix = leaves[entry.path][entry.index[1:]].reshape(entry.hf_shape)
+        if entry.path not in self._moments.sums:
+            return quantize(matrix, fmt)
+        moment, count = self._moments.sums[entry.path], self._moments.counts[entry.path]
+        if moment.ndim == 3:
+            expert = entry.index[1]
+            total = max(int(count.sum()), 1)
+            moment = (moment[expert] + PRIOR * moment.sum(0) / total) / (count[expert] + PRIOR)
+        try:
+            return gptq(matrix, moment, fmt)
+        except DataError as error:
+            raise DataError(f"{entry.name}: {error}") from None
+
+    def _rounded(self, entries: list[HFEntry], leaves: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The layer as it will be: quantised leaves from the codes just made."""
+        result: dict[str, Any] = dict(leaves)
+        by_path: dict[str, list[HFEntry]] = {}
+        for entry in entries:
+            if entry.path in self._formats:
+                by_path.setdefault(entry.path, []).append(entry)
+        for path, own in by_path.items():
+            lead = leaves[path].shape[: len(own[0].index) - 1]
+            parts = [
+                None
+                if first is None
+                else np.stack([getattr(self._parts[e.name], part) for e in own]).reshape(*lead, *first.shape)
+                for part in ("codes", "scales", "zeros")
+                for first in [getattr(self._parts[own[0].name], part)]
+            ]
+            coding = parse_format(self._formats[path]).coding(own[0].hf_shape[-1])
+            result[path] = quantized_leaf(parts, coding, own[0].block_shape)
+        return result
+
+
+_ROWS = 8
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(cfg: Any, kind: str, variables: Any, x_BTD: jax.Array) -> jax.Array:
+    B, T, _ = x_BTD.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+    ctx = Context(rope_tables(cfg, positions_BT), positions_BT, None, positions_BT >= 0)
+    (x_BTD, _), _ = Block(cfg, kind, "expanded").apply(variables, (x_BTD, None), jnp.int32(0), ctx)
+    return x_BTD
+
+
+def _fits(path: str, columns: int, shape: tuple[int, ...]) -> bool:
+    """Whether the moments of a leaf may be held: those of experts are one matrix each."""
+    return "/experts/" not in path or shape[0] * columns * columns * 12 <= MOST_EXPERT_BYTES
+
+
+def read_tokens(
+    source: Source,
+    text: Path,
+    tokens: int,
+    flag: str = "--calibration",
+    count_flag: str = "--calibration-tokens",
+) -> np.ndarray:
+    """int32 [sequences, T] from a UTF-8 text file, T at most SEQUENCE.
+
+    Raises:
+      ConfigError: the file cannot be read or gives fewer tokens than one sequence.
+      DataError: a token that the model does not have.
+    """
+    if tokens < 256:
+        raise ConfigError(f"{count_flag} is {tokens}; 256 or more expected")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag} {text}: {error}") from error
+    tokenizer = Tokenizer.bytes() if source.tokenizer_dir is None else Tokenizer.load(source.tokenizer_dir)
+    ids = np.asarray(tokenizer.encode(content[: tokens * 16]), np.int32)[:tokens]
+    length = min(SEQUENCE, source.cfg.max_position_embeddings)
+    if len(ids) < length:
+        raise ConfigError(f"{flag} {text}: {len(ids)} tokens; at least {length} needed")
+    if int(ids.max()) >= source.cfg.vocab_size:
+        raise DataError(
+            f"{text}: token id {int(ids.max())} is not below vocab_size = {source.cfg.vocab_size}"
+        )
+    return ids[: len(ids) // length * length].reshape(-1, length)

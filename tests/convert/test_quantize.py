@@ -1,0 +1,160 @@
+"""convert.quantize and convert.compare as commands: what is written, what it costs, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert import calibrate, compare, from_hf, quantize
+from dsv3_jax.checkpoint import validate_step
+from dsv3_jax.checkpoint.source import open_source
+from dsv3_jax.errors import ConfigError
+from dsv3_jax.hf.rules import flatten_paths
+from dsv3_jax.quantization import formats
+from dsv3_jax.quantization.choose import choose_formats
+from dsv3_jax.quantization.formats import parse_format
+from dsv3_jax.quantization.leaf import Quantized
+from tests.convert import folders
+
+
+class Ascii:
+    """A tokenizer of 96 ids."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) % 96 for character in text]
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    raw, tensors = folders.tensors_of("v3")
+    return folders.write(tmp_path / "hf", {**raw, "vocab_size": 96}, tensors, shards=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "want"), [("int8", None, "int8"), ("int4", 16, "int4:16"), ("fp8", None, "fp8")]
+)
+def test_codes_are_those_of_rounding_to_nearest(
+    hf: Path, tmp_path: Path, method: str, size: int, want: str
+) -> None:
+    """Every tensor against the formats' own rounding of the whole matrix; what is not chosen is untouched."""
+    quantize.convert(hf, tmp_path / "q", method=method, group_size=size)  # type: ignore[arg-type]
+    assert validate_step(tmp_path / "q", hashes=True) == []
+    before, after = (open_source(tmp_path / name, folders.abstract_variables) for name in ("hf", "q"))
+    exact, coded = flatten_paths(before.load("float32")), flatten_paths(after.load(formats=after.formats))
+    assert set(after.formats.values()) == {want}
+    for entry in before.entries:
+        leaf, block = coded[entry.path], exact[entry.path][entry.index]
+        if not isinstance(leaf, Quantized):
+            assert leaf[entry.index].tobytes() == block.tobytes(), entry.name
+            continue
+        fmt = parse_format(after.formats[entry.path])
+        parts = formats.quantize(block.reshape(entry.hf_shape), fmt)
+        assert leaf.codes[entry.index].tobytes() == parts.codes.tobytes(), entry.name
+        assert leaf.scales[entry.index].tobytes() == parts.scales.tobytes(), entry.name
+    # 32 columns hold two groups of 16; 28, 20 and 44 columns are left alone, and say so.
+    assert ("params/moe/mlp/experts/down_EDF" in after.formats) == (method != "int4")
+
+
+def test_rounding_at_load_gives_the_same_codes(hf: Path, tmp_path: Path) -> None:
+    quantize.convert(hf, tmp_path / "q", method="int8")
+    before, after = (open_source(tmp_path / name, folders.abstract_variables) for name in ("hf", "q"))
+    stored, rounded = (flatten_paths(s.load(formats=after.formats)) for s in (after, before))
+    for path in after.formats:
+        assert stored[path].codes.tobytes() == rounded[path].codes.tobytes()
+
+
+def test_the_report_says_sizes_and_errors(hf: Path, tmp_path: Path) -> None:
+    quantize.convert(hf, tmp_path / "q", method="int8", skip=("*kv_b*",), kinds=("attention", "experts"))
+    report = json.loads((tmp_path / "q" / "quantization.json").read_text())
+    paths = {leaf["path"] for leaf in report["leaves"]}
+    assert "params/moe/mlp/experts/gate_up_EPFD" in paths
+    assert not any(
+        "kv_b" in path or "shared" in path or path.startswith("params/dense/mlp") for path in paths
+    )
+    before, after = (open_source(tmp_path / name, folders.abstract_variables) for name in ("hf", "q"))
+    exact, near = flatten_paths(before.load("float32")), flatten_paths(after.load("float32"))
+    for leaf in report["leaves"]:
+        for layer, error in enumerate(leaf["by_layer"]):
+            a, b = exact[leaf["path"]][layer].astype(float), near[leaf["path"]][layer].astype(float)
+            assert error == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-6)
+            assert 0 < error < 0.02
+    assert (tmp_path / "q" / "quantization.svg").read_text().startswith("<svg")
+
+
+def test_calibration_sees_what_each_matrix_is_multiplied_with(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments of the first layer by numpy; of experts, as many inputs as tokens times experts a token."""
+    text = np.random.default_rng(0).integers(32, 96, 1024).astype(np.uint8).tobytes().decode()
+    (tmp_path / "text").write_text(text)
+    monkeypatch.setattr(calibrate, "SEQUENCE", 64)
+    monkeypatch.setattr(calibrate.Tokenizer, "bytes", classmethod(lambda cls: Ascii()))
+    source = open_source(hf, folders.abstract_variables)
+    columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
+    chosen, _ = choose_formats(columns, {}, parse_format("int4:16"))
+    calibrated = calibrate.Calibrated(source, chosen, tmp_path / "text", 1024)
+    exact = flatten_paths(source.load("float32"))
+
+    order = calibrated.in_order(source.entries)
+    first = next(e for e in order if e.path == "params/dense/attention/kv_a_JD")
+    codes = np.concatenate(list(calibrated.pieces(first, "codes")))
+    x = exact["params/embed_VD"][np.frombuffer(text.encode(), np.uint8) % 96].astype(float)
+    x *= exact["params/dense/attention_norm_D"][0] / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    moment = calibrated._moments.sums[first.path]
+    np.testing.assert_allclose(moment, x.T @ x, rtol=1e-4, atol=1e-4 * np.abs(moment).max())
+    fmt = parse_format(chosen[first.path])
+    w = exact[first.path][0]
+    ours = formats.Parts(
+        codes.reshape(w.shape[0], -1),
+        np.concatenate(list(calibrated.pieces(first, "scales"))).reshape(len(w), -1),
+    )
+    losses = [
+        float((((w - formats.dequantize(parts, fmt, 32)) @ x.T) ** 2).sum())
+        for parts in (ours, formats.quantize(w, fmt))
+    ]
+    assert losses[0] < losses[1]
+
+    last = next(e for e in order if e.path == "params/moe/mlp/experts/gate_up_EPFD")
+    list(calibrated.pieces(last, "codes"))
+    counts, sums = (getattr(calibrated._moments, name)[last.path] for name in ("counts", "sums"))
+    assert counts.sum() == 1024 * source.cfg.num_experts_per_tok and sums.shape == (12, 32, 32)
+
+
+def test_a_model_is_like_itself(hf: Path, tmp_path: Path) -> None:
+    source = open_source(hf, folders.abstract_variables)
+    quality = compare.compare(source, source, np.arange(64, dtype=np.int32).reshape(2, 32))
+    assert quality.perplexity_ratio == 1 and quality.kl_mean == 0 and quality.greedy_agreement == 1
+    assert quality.tokens == 62
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "fp8", "group_size": 64}, "group-size"),
+        ({"method": "int8", "asymmetric": True}, "asymmetric"),
+        ({"group_size": 7}, "group-size is 7"),
+        ({"skip": ("*nothing*",)}, "matches no leaf"),
+        ({"method": "fp8", "calibration": Path("x")}, "calibration"),
+        ({"group_size": 16, "calibration": Path("no such file")}, "no such file"),
+    ],
+)
+def test_flags_that_cannot_be_meant(hf: Path, tmp_path: Path, flags: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantize.convert(hf, tmp_path / "q", **flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_an_fp8_source_keeps_what_is_not_chosen_again(tmp_path: Path) -> None:
+    raw, tensors = folders.tensors_of("v3")
+    raw["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    folders.write(tmp_path / "hf", raw, folders.quantized(tensors, (16, 16)))
+    from_hf.convert(tmp_path / "hf", tmp_path / "native")
+    quantize.convert(tmp_path / "native", tmp_path / "q", method="int8", kinds=("experts",))
+    found = open_source(tmp_path / "q", folders.abstract_variables).formats
+    assert (
+        found["params/moe/mlp/experts/down_EDF"] == "int8"
+        and found["params/moe/attention/o_DHU"] == "fp8:16x16"
+    )

@@ -1,0 +1,77 @@
+"""GPTQ against rounding to nearest, on inputs that are correlated, white, dead and missing."""
+
+import numpy as np
+import pytest
+
+from dsv3_jax.errors import DataError
+from dsv3_jax.quantization import formats
+from dsv3_jax.quantization.formats import parse_format, quantize
+from dsv3_jax.quantization.gptq import gptq
+
+FORMATS = ["int8", "int4:32", "int4a:32"]
+
+
+def correlated(count, size, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, 6)) @ rng.standard_normal((6, size)) + 0.1 * rng.standard_normal(
+        (count, size)
+    )
+
+
+def loss(w, parts, fmt, x):
+    error = x @ (w - formats.dequantize(parts, fmt, w.shape[1])).T.astype(float)
+    return float((error**2).sum())
+
+
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("columns", [64, 192])
+def test_it_beats_nearest_where_inputs_are_correlated(text, columns):
+    """On inputs that it was not calibrated with, drawn alike."""
+    fmt = parse_format(text)
+    x = correlated(600, columns)
+    w = np.random.default_rng(1).standard_normal((24, columns)).astype(np.float32)
+    seen, unseen = x[:400], x[400:]
+    ours = loss(w, gptq(w, seen.T @ seen, fmt), fmt, unseen)
+    assert ours < 0.5 * loss(w, quantize(w, fmt), fmt, unseen)
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_white_inputs_leave_nothing_to_make_up_for(text):
+    fmt = parse_format(text)
+    w = np.random.default_rng(1).standard_normal((5, 192)).astype(np.float32)
+    for ours, nearest in zip(gptq(w, np.eye(192), fmt), quantize(w, fmt), strict=True):
+        np.testing.assert_array_equal(ours, nearest)
+
+
+def test_the_loss_is_that_of_a_plain_solver():
+    """The published recursion, one column at a time with the inverse updated by elimination, in float64."""
+    fmt = parse_format("int8")
+    x = correlated(100, 12)
+    H = x.T @ x
+    w = np.random.default_rng(2).standard_normal((3, 12)).astype(np.float32)
+    got = formats.dequantize(gptq(w, H, fmt), fmt, 12)
+    damped = H + 0.01 * np.mean(np.diag(H)) * np.eye(12)
+    inverse, left, want = np.linalg.inv(damped), w.astype(float), np.zeros((3, 12))
+    scale = np.abs(w).max(1) / np.float32(127)
+    for k in range(12):
+        want[:, k] = np.clip(np.rint(left[:, k] / scale), -127, 127) * scale
+        left -= np.outer((left[:, k] - want[:, k]) / inverse[k, k], inverse[k])
+        inverse -= np.outer(inverse[:, k], inverse[k]) / inverse[k, k]
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_columns_that_no_input_reaches_are_harmless():
+    fmt = parse_format("int4:32")
+    x = correlated(50, 64)
+    x[:, 7] = 0
+    w = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
+    parts = gptq(w, x.T @ x, fmt)
+    assert np.isfinite(parts.scales).all()
+    assert not formats.dequantize(parts, fmt, 64)[:, 7].any()
+    assert np.isfinite(formats.dequantize(gptq(w, np.zeros((64, 64)), fmt), fmt, 64)).all()
+
+
+def test_what_is_not_finite_is_refused():
+    w = np.ones((2, 32), np.float32)
+    with pytest.raises(DataError, match="not finite"):
+        gptq(w, np.full((32, 32), np.nan), parse_format("int4:32"))
