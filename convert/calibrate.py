@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from dsv3_jax.quantization.gptq import gptq
 from dsv3_jax.quantization.leaf import quantized_leaf
 from dsv3_jax.quantization.recorded import Moments, Recorded
 from dsv3_jax.text import Tokenizer
+
+Kind = Literal["dense", "moe"]
 
 SEQUENCE = 512
 """Tokens of one calibration sequence, at most."""
@@ -106,13 +108,13 @@ class Calibrated:
         if self._hidden_BTD is None:
             self._hidden_BTD = self._embed()
         self._layer += 1
-        kind = "dense" if self._layer < cfg.num_dense_layers else "moe"
+        kind: Kind = "dense" if self._layer < cfg.num_dense_layers else "moe"
         entries = [entry for entry in self._source.entries if self._layer_of(entry) == self._layer]
         leaves = self._read(entries)
         self._moments.clear()
         columns = {entry.path: entry.hf_shape[-1] for entry in entries}
         recorded = {
-            path: Recorded(leaf, path, self._moments.add, columns[path])
+            path: Recorded(jnp.asarray(leaf), path, self._moments.add, columns[path])
             if path in self._formats and _fits(path, columns[path], leaf.shape)
             else leaf
             for path, leaf in leaves.items()
@@ -139,7 +141,7 @@ class Calibrated:
             self._source.tensors[entry.name].read_into(leaf[entry.index[1:]].reshape(-1))
         return leaves
 
-    def _run(self, kind: str, leaves: dict[str, Any], *, keep: bool) -> None:
+    def _run(self, kind: Kind, leaves: dict[str, Any], *, keep: bool) -> None:
         """The calibration tokens through one layer, in batches; its outputs take the place of the inputs if kept."""
         stack = {"params": f"params/{kind}/", "router": f"router/{kind}/"}
         variables = {
@@ -197,7 +199,7 @@ _ROWS = 8
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _layer(cfg: Any, kind: str, variables: Any, x_BTD: jax.Array) -> jax.Array:
+def _layer(cfg: Any, kind: Kind, variables: Any, x_BTD: jax.Array) -> jax.Array:
     B, T, _ = x_BTD.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     ctx = Context(rope_tables(cfg, positions_BT), positions_BT, None, positions_BT >= 0)
@@ -229,8 +231,9 @@ def read_tokens(
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{flag} {text}: {error}") from error
-    tokenizer = Tokenizer.bytes() if source.tokenizer_dir is None else Tokenizer.load(source.tokenizer_dir)
-    ids = np.asarray(tokenizer.encode(content[: tokens * 16]), np.int32)[:tokens]
+    tokenizer = None if source.tokenizer_dir is None else Tokenizer.load(source.tokenizer_dir)
+    tokenizer = tokenizer or Tokenizer.bytes()
+    ids = np.asarray(tokenizer.encode_text(content[: tokens * 16]), np.int32)[:tokens]
     length = min(SEQUENCE, source.cfg.max_position_embeddings)
     if len(ids) < length:
         raise ConfigError(f"{flag} {text}: {len(ids)} tokens; at least {length} needed")

@@ -101,8 +101,9 @@ def _main_model(cfg: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probabilities(cfg: Any, variables: Any, tokens_BT: jax.Array) -> jax.Array:
     model = Transformer(cfg)
-    hidden = model.apply(variables, tokens_BT).hidden_BTD  # type: ignore[union-attr]
-    return jax.nn.log_softmax(model.apply(variables, hidden, method="logits"), axis=-1)  # type: ignore[return-value]
+    output: Any = model.apply(variables, tokens_BT)
+    logits: Any = model.apply(variables, output.hidden_BTD, method="logits")
+    return jax.nn.log_softmax(logits, axis=-1)
 
 
 @jax.jit

@@ -125,6 +125,9 @@ def grouped_swiglu(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
 
     A weight that is cut over an axis gives this device's part of F.
     """
+    if isinstance(weight, Multiplying):
+        gate_NF, up_NF = jnp.split(weight.grouped(x_ND, group_sizes_E), 2, axis=-1)
+        return jax.nn.silu(gate_NF) * up_NF
     weight = weight.astype(x_ND.dtype)
     return _grouped_swiglu(x_ND, weight, group_sizes_E, implementation=implementation)
 

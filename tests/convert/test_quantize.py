@@ -23,7 +23,7 @@ from tests.convert import folders
 class Ascii:
     """A tokenizer of 96 ids."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         return [ord(character) % 96 for character in text]
 
 
