@@ -86,7 +86,7 @@ def _turn(message: Any, where: str) -> Turn:
             raise ChatError(f"{where}.tool_call_id", "must be a string: the id of the call it answers")
     for key, value in message.items():
         if key not in known and value:  # None, "", [] come back from answers and say nothing
-            raise ChatError(f"{where}.{key}", f"is not supported for the role {role}")
+            raise ChatError(where, f"has a key that is not supported for the role {role}")
     content = _content(message.get("content"), where, optional=bool(calls))
     turn_role = "system" if role == "developer" else role
     return Turn(turn_role, content, calls, reasoning, str(message.get("tool_call_id", "")))
@@ -185,7 +185,7 @@ def _with_results_in_order(turns: list[Turn]) -> list[Turn]:
         if missing:
             raise ChatError(
                 f"messages[{at - len(results) - 1}].tool_calls",
-                f"must be followed by a tool message for each call; none answers the call of {missing[0]}",
+                f"must be followed by a tool message for each call; {len(missing)} of them have none",
             )
         out += [results[call.id] for call in turn.calls]
     return out
