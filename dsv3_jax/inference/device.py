@@ -157,14 +157,11 @@ class Device:
         )
         return reason_B, produced
 
-    def take_expert_counts(self) -> np.ndarray | None:
-        """int64 [expert layers, experts]: tokens sent to each expert since the last call."""
-        if self._memory.counts_LE is None:
-            return None
-        counts_LE = np.asarray(self._memory.counts_LE).astype(np.int64)
-        zeros = jnp.zeros_like(self._memory.counts_LE)
-        self._memory = dataclasses.replace(self._memory, counts_LE=zeros)
-        return counts_LE
+    def expert_counts(self) -> np.ndarray | None:
+        """int32 [expert layers, experts]: tokens sent to each expert since the start, modulo 2**32."""
+        counts_LE = self._memory.counts_LE
+        # A copy: the next call may reuse the buffer.
+        return None if counts_LE is None else np.array(counts_LE)
 
 
 def _shape(shape: tuple[int, ...], dtype: Any = "int32") -> jax.ShapeDtypeStruct:

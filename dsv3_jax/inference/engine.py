@@ -101,7 +101,7 @@ class Engine:
         self._ready: list[Update] = []
         self._tickets = 0
         self._stats = Stats(pages_total=self.scheduler.pool.total)
-        self._expert_counts: np.ndarray | None = None
+        self._expert_counts: tuple[np.ndarray, np.ndarray] | None = None
 
     def warm(self) -> None:
         """Compile every program; nothing is compiled after it."""
@@ -129,10 +129,14 @@ class Engine:
 
     def expert_counts(self) -> np.ndarray | None:
         """int64 [expert layers, experts]: tokens sent to each expert since the start; None without experts."""
-        new = self._device.take_expert_counts()
-        if new is not None:
-            self._expert_counts = new if self._expert_counts is None else self._expert_counts + new
-        return self._expert_counts
+        now = self._device.expert_counts()
+        if now is None:
+            return None
+        last, total = self._expert_counts or (np.zeros_like(now), np.zeros(now.shape, np.int64))
+        # The device's counters wrap around; their differences do not.
+        total = total + (now - last).astype(np.uint32)
+        self._expert_counts = (now, total)
+        return total
 
     def submit(self, request: Request) -> int:
         """Queue a request; its ticket.

@@ -41,8 +41,7 @@ class Memory:
 
     Attributes:
       latent_NPJ, index_NPZ: the pages of all layers (`PagedCache`).
-      counts_LE: int32 tokens sent to each expert of each expert layer since they were last read; None without
-        experts.
+      counts_LE: int32 tokens sent to each expert of each expert layer, modulo 2**32; None without experts.
       count_BV: int32, how often each row has produced each id; read for rows with penalties.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ import pytest
 from dsv3_jax.errors import DataError
 from dsv3_jax.inference import Engine, EngineOptions, Request, Sampling, steps
 from dsv3_jax.inference.weights import unstack_layers
-from dsv3_jax.model import init_variables
-from tests.inference import tiny
+from dsv3_jax.model import Cache, PagedCache, Transformer, init_variables, make_cache, make_pages
+from tests.inference import exactness, tiny
 
 
 @pytest.fixture(scope="module", params=["v3", "v2", "v32"])
@@ -234,3 +235,116 @@ def test_bfloat16_decodes_whatever_the_neighbours() -> None:
     together = tiny.finish(engine, requests)
     assert tiny.finish(engine, [requests[1]])[1] == together[1]
     assert all(math.isfinite(e["logprob"]) for r in together.values() for e in r.logprobs or [])
+
+
+@pytest.fixture(scope="module")
+def tight() -> Engine:
+    """An engine whose pages run out."""
+    return tiny.engine("v3", pages=26)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_same_bits_alone_and_in_any_company(tight: Engine, seed: int) -> None:
+    exactness.check_case(tight, seed)
+
+
+def test_pages_that_run_out_change_nothing(tight: Engine) -> None:
+    sampling = Sampling(max_new_tokens=90, ignore_eos=True, logprobs=2)
+    requests = [Request(tiny.prompt(40 + at), sampling, at) for at in range(4)]
+    before = tight.stats.preemptions
+    together = tiny.finish(tight, requests)
+    assert tight.stats.preemptions > before, "three requests of 130 tokens do not fit 25 pages of 16"
+    for request in requests:
+        assert exactness.alone(tight, request) == together[request.index]
+
+
+def test_a_cached_prefix_saves_its_tokens_and_changes_no_bit(engine: Engine) -> None:
+    engine.scheduler.pool.clear()
+    head = tiny.prompt(50, 9)
+    sampling = Sampling(max_new_tokens=6, logprobs=2)
+    want = exactness.alone(engine, Request([*head, 5], sampling))
+    engine.scheduler.pool.clear()
+    computed = engine.stats.prefill_tokens
+    for ids, tenant, saved in (([*head, 9], "a", 0), ([*head, 5], "a", 48), ([*head, 5], "b", 0)):
+        ticket = engine.submit(Request(ids, sampling, tenant=tenant))
+        updates = []
+        while not engine.idle:
+            updates += [update for update in engine.step() if update.ticket == ticket]
+        assert {update.cached_tokens for update in updates} == {saved}
+        computed += len(ids) - saved
+        assert engine.stats.prefill_tokens == computed
+        if ids[-1] == 5:
+            assert [t for update in updates for t in update.token_ids] == want.token_ids
+            assert [e for update in updates for e in update.logprobs or []] == want.logprobs
+
+
+def test_nothing_is_compiled_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny.engine("v3")
+    engine.warm()
+    tiny.finish(engine, [Request(tiny.prompt(5), Sampling(max_new_tokens=3))])
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **__: compiled.append(name) if "compile" in name else None
+    )
+    try:
+        for seed in range(3):
+            exactness.check_case(engine, seed)
+        assert engine.expert_counts() is not None
+        assert compiled == []
+        jax.jit(lambda x: x + seed)(1.0)
+        assert compiled, "the listener hears a compilation"
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_many_short_prompts_do_not_wait_for_a_long_one(engine: Engine) -> None:
+    long = engine.submit(Request(tiny.prompt(200), Sampling(max_new_tokens=5)))
+    short = [engine.submit(Request(tiny.prompt(5, at), Sampling(max_new_tokens=5))) for at in range(3)]
+    first = [update.ticket for update in engine.step()]
+    assert sorted(first) == short and long not in first
+    while not engine.idle:
+        engine.step()
+
+
+def test_cancelled_pages_are_back_at_once(engine: Engine) -> None:
+    tickets = [engine.submit(Request(tiny.prompt(60, at), Sampling(max_new_tokens=50))) for at in range(6)]
+    engine.step()
+    assert engine.scheduler.pool.used > 0 and engine.stats.waiting == 2
+    assert engine.queued_tokens == 2 * 110
+    for ticket in tickets:
+        engine.cancel(ticket)
+    assert engine.scheduler.pool.used == 0 and not engine.idle
+    assert [update.finish_reason for update in engine.step()] == ["cancelled"] * 6
+    assert engine.idle and engine.step() == []
+
+
+def test_expert_counts_are_those_of_the_tokens_computed() -> None:
+    engine = tiny.engine("v3")
+    tiny.finish(engine, [Request(tiny.prompt(20), Sampling(max_new_tokens=9, ignore_eos=True))])
+    counts_LE = engine.expert_counts()
+    assert counts_LE is not None and counts_LE.shape == (1, 8)
+    assert counts_LE.sum() == (20 + 8) * tiny.V3.num_experts_per_tok
+
+
+@pytest.mark.parametrize("name", ["v3", "v32"])
+def test_paged_logits_are_those_of_a_cache_in_one_piece(name: str) -> None:
+    cfg, tree, ids = tiny.CONFIGS[name], tiny.variables(name), jnp.asarray([tiny.prompt(40)])
+    model = Transformer(cfg, "absorbed")
+
+    @jax.jit
+    def part(cache: Cache | PagedCache, ids: jax.Array, positions_BT: jax.Array) -> tuple[Any, jax.Array]:
+        out = model.apply(tree, ids, positions_BT=positions_BT, cache=cache)
+        return out.cache, model.apply(tree, out.hidden_BTD, method="logits")
+
+    def logits(cache: Cache | PagedCache) -> np.ndarray:
+        parts = []
+        for start in (0, 20):
+            positions = jnp.arange(start, start + 20, dtype=jnp.int32)[None]
+            cache, found = part(cache, ids[:, start : start + 20], positions)
+            parts.append(np.asarray(found))
+        return np.concatenate(parts, axis=1)
+
+    latent, index = make_pages(cfg, 9, 16)
+    scattered = jnp.asarray([[7, 2, 5, 0, 0, 0, 0, 0]], jnp.int32)
+    paged = logits(PagedCache(latent, index, scattered, 9))
+    np.testing.assert_allclose(paged, logits(make_cache(cfg, 1, 256)), atol=1e-5)
