@@ -154,11 +154,12 @@ class Ours:
             reason_B=np.full(B, steps.LIVE, np.int32),
         )
         known_TB = np.full((NEW_TOKENS, B), steps.NO_TOKEN, np.int32)
-        options, tables = RowTable(B, tables_BM.shape[1]).options(), jnp.asarray(tables_BM)
+        choosing = RowTable(B, tables_BM.shape[1], self.cfg.vocab_size).choosing()
+        tables = jnp.asarray(tables_BM)
 
         def run() -> None:
             _, produced = device.decode(
-                state, tables, known_TB, options, wanted=False, limit=NEW_TOKENS, until_one_ends=False
+                state, tables, known_TB, choosing, wanted=False, limit=NEW_TOKENS, until_one_ends=False
             )
             assert int((produced.token_TB >= 0).sum()) == NEW_TOKENS * B, "a row ended early"
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import steps
-from dsv3_jax.inference.sampling import RowOptions, TokenLogprobs
+from dsv3_jax.inference.sampling import Choosing, TokenLogprobs
 from dsv3_jax.inference.settings import EngineOptions, pages_of
 
 VOCAB, EOS, BAD = 50, 0, 49
@@ -72,6 +72,9 @@ class FakeDevice:
     def expert_counts(self) -> None:
         return None
 
+    def begin_count(self, row: int, token: int) -> None:
+        pass
+
     def prefill(
         self,
         tokens_BT: np.ndarray,
@@ -95,7 +98,7 @@ class FakeDevice:
         return TokenLogprobs(-(hidden_BT % 7).astype(float), none, none), np.ones(targets_BT.shape, bool)
 
     def first(
-        self, state: steps.State, hidden_B: np.ndarray, options: RowOptions, wanted: bool
+        self, state: steps.State, hidden_B: np.ndarray, choosing: Choosing, wanted: bool
     ) -> tuple[np.ndarray, steps.Produced]:
         token_TB, reason_B = self._empty(1), state.reason_B.copy()
         for row in np.flatnonzero(state.reason_B == steps.LIVE):
@@ -107,7 +110,7 @@ class FakeDevice:
         state: steps.State,
         tables_BM: Any,
         known_TB: np.ndarray,
-        options: RowOptions,
+        choosing: Choosing,
         *,
         wanted: bool,
         limit: int,

@@ -43,10 +43,11 @@ def an_owner_that_stays(patch: pytest.MonkeyPatch) -> None:
 def a_stale_table_entry(patch: pytest.MonkeyPatch) -> None:
     enter = RowTable.enter
 
-    def stale(self: RowTable, row: int, *rest: Any) -> None:
+    def stale(self: RowTable, row: int, *rest: Any) -> bool:
         length = self._lengths[row]
-        enter(self, row, *rest)
+        entered = enter(self, row, *rest)
         self._lengths[row] = length
+        return entered
 
     patch.setattr(RowTable, "enter", stale)
 
