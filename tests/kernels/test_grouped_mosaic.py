@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from dsv3_jax.kernels.grouped_matmul.mosaic import default_gradient_tile, default_tile
 from dsv3_jax.kernels.grouped_matmul.mosaic_product import CONSUMERS, LINE, SHARED_BYTES
 from dsv3_jax.kernels.grouped_matmul.schedule import most_tiles, schedule
-from dsv3_jax.kernels.grouped_matmul.shapes import DEVICE_SHAPES, INTERPRETED, SHAPES
+from dsv3_jax.kernels.grouped_matmul.shapes import DEVICE_SHAPES, INTERPRETED, SHAPES, cases
+from dsv3_jax.parallel.dispatch import dispatch_experts
 
 FUNCTIONS = {"grouped_matmul": grouped_matmul, "grouped_swiglu": grouped_swiglu}
 
@@ -36,6 +39,12 @@ GROUPINGS = {
 
 def sizes_of(grouping, N):
     return jnp.asarray([max(1, int(part * N)) if part else 0 for part in GROUPINGS[grouping]], jnp.int32)
+
+
+def both(kind, x_ND, w, sizes_E, ct):
+    run = functools.partial(FUNCTIONS[kind], implementation="mosaic")
+    y, back = jax.vjp(lambda x, w: run(x, w, sizes_E), x_ND, w)
+    return y, *back(ct)
 
 
 # --- the schedule ------------------------------------------------------------------------------------------
@@ -82,6 +91,24 @@ def test_tiles_fit_shared_memory_and_the_widths(name):
     assert tile.rows == CONSUMERS * LINE and tile.shared_bytes() <= SHARED_BYTES
 
 
+# --- the kernels, lowered for a GPU that is not here -------------------------------------------------------
+
+
+@pytest.mark.skipif(shim.why_not_mosaic() is not None, reason=str(shim.why_not_mosaic()))
+@pytest.mark.parametrize("name", ["v3_gate_up", "a3b_down"])
+def test_forward_and_backward_are_the_kernels_and_nothing_dense_or_transposed(name):
+    case = next(c for c in cases() if c.shape == name and c.program in ("backward", "dx"))
+    with shim.compiling_for():
+        run = jax.jit(functools.partial(both, SHAPES[name].kind))
+        unchecked = [export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{v}") for v in ("", "_v2")]
+        text = export.export(run, platforms=["cuda"], disabled_checks=unchecked)(
+            *case.arguments
+        ).mlir_module()
+    # Forward (with gate and up kept), dX, dW.
+    assert text.count("custom_call @mosaic_gpu") == 3
+    assert "dot_general" not in text and "stablehlo.transpose" not in text
+
+
 # --- the kernels, interpreted ------------------------------------------------------------------------------
 
 
@@ -106,8 +133,10 @@ def interpreted(shape, sizes_E, x_ND, w, ct):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize(
+    ("name", "grouping"),
+    [(n, g) for n in INTERPRETED for g in GROUPINGS if n == "interpret" or g in ("ragged", "hot")],
+)
 def test_forward_dx_and_dw_against_float32(name, grouping):
     shape = SHAPES[name]
     x_ND, w, ct = draw(shape)
@@ -175,3 +204,35 @@ def test_no_races(name):
         jax.block_until_ready(
             value_and_gradients(x_ND, w, sizes_of("ragged", shape.rows), ct, shape.kind, "mosaic")
         )
+
+
+@needs_interpreter
+def test_an_expert_layer_inside_shard_map():
+    """Dispatch, fused gate and up, down. On one device: the interpreter mixes up the barriers of several."""
+    N, E, K, D, F = 24, 4, 2, 128, 128
+    rng = np.random.default_rng(3)
+    x_ND = jnp.asarray(rng.standard_normal((N, D)), jnp.bfloat16)
+    gate_up = jnp.asarray(rng.standard_normal((E, 2, F, D)) / D**0.5, jnp.bfloat16)
+    down = jnp.asarray(rng.standard_normal((E, D, F)) / F**0.5, jnp.bfloat16)
+    experts_NK = jnp.asarray(np.stack([rng.permutation(E)[:K] for _ in range(N)]), jnp.int32)
+    weights_NK = jnp.full((N, K), 1 / K, jnp.float32)
+
+    def layer(x, experts, weights, gate_up, down, implementation):
+        def compute(rows, sizes):
+            hidden = grouped_swiglu(rows, gate_up, sizes, implementation=implementation)
+            return grouped_matmul(hidden, down, sizes, implementation=implementation)
+
+        return dispatch_experts(x, experts, weights, compute, dispatch=None, num_experts=E)[0]
+
+    mesh = Mesh(np.array(jax.devices()[:1]), ("expert",))
+    cut = PartitionSpec("expert")
+
+    def run(implementation):
+        body = functools.partial(layer, implementation=implementation)
+        sharded = jax.shard_map(body, mesh=mesh, in_specs=(cut,) * 5, out_specs=cut, check_vma=False)
+        return np.asarray(jax.jit(sharded)(x_ND, experts_NK, weights_NK, gate_up, down), np.float32)
+
+    want = run("reference")
+    with shim.interpret():
+        got = run("mosaic")
+    np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
