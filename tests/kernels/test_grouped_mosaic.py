@@ -17,9 +17,11 @@ from jax.sharding import Mesh, PartitionSpec
 from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from dsv3_jax.kernels.grouped_matmul.mosaic import default_gradient_tile, default_tile
-from dsv3_jax.kernels.grouped_matmul.mosaic_product import CONSUMERS, LINE, SHARED_BYTES
+from dsv3_jax.kernels.grouped_matmul.mosaic_dw import GradientTile, weight_gradient
+from dsv3_jax.kernels.grouped_matmul.mosaic_product import Tile, product
+from dsv3_jax.kernels.grouped_matmul.pipeline import CONSUMERS, LINE, SHARED_BYTES
 from dsv3_jax.kernels.grouped_matmul.schedule import most_tiles, schedule
-from dsv3_jax.kernels.grouped_matmul.shapes import DEVICE_SHAPES, INTERPRETED, SHAPES, cases
+from dsv3_jax.kernels.grouped_matmul.shapes import DEVICE_SHAPES, INTERPRETED, SHAPES, Shape, cases
 from dsv3_jax.parallel.dispatch import dispatch_experts
 
 FUNCTIONS = {"grouped_matmul": grouped_matmul, "grouped_swiglu": grouped_swiglu}
@@ -155,6 +157,34 @@ def test_forward_dx_and_dw_against_float32(name, grouping):
     assert not got[2][np.asarray(sizes_E) == 0].any()
 
 
+TILES = {
+    "narrow": ("swiglu", Tile(64, 64, 6, 2, "columns"), GradientTile(128, 128, 3, 1)),
+    "high": ("forward", Tile(256, 128, 3, 4), GradientTile(128, 256, 3, 4)),
+    "cluster": ("forward", Tile(128, 128, 3, 2, cluster=2), GradientTile(128, 128, 3, 2, cluster=2)),
+    "cluster_dx": ("dx", Tile(64, 128, 3, 1, "columns", cluster=2), GradientTile(128, 256, 2, 2, cluster=2)),
+}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_that_tuning_may_choose(name):
+    kind, tile, gradient_tile = TILES[name]
+    shape = Shape(150, 5, 256, 256, "grouped_swiglu" if kind == "swiglu" else "grouped_matmul")
+    x_ND, w, ct = draw(shape)
+    sizes_E = sizes_of("ragged", shape.rows)
+    with shim.interpret():
+        got = [
+            np.asarray(product(x_ND, w, sizes_E, tile, kind)[0], np.float32),
+            np.asarray(weight_gradient(x_ND, ct, sizes_E, gradient_tile), np.float32),
+        ]
+    w32 = w.astype(jnp.float32).swapaxes(1, 2) if kind == "dx" else w.astype(jnp.float32)
+    x32 = x_ND.astype(jnp.float32)
+    plain = jax.vjp(lambda w: grouped_matmul(x32, w, sizes_E), jnp.zeros((5, 256, 256)))[1]
+    want = FUNCTIONS[shape.kind](x32, w32, sizes_E), plain(ct.astype(jnp.float32))[0]
+    for g, r in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, r, atol=2**-8 * np.abs(r).max(), rtol=2**-7)
+
+
 @needs_interpreter
 def test_float16():
     shape = SHAPES["interpret_gate_up_few"]
@@ -170,14 +200,17 @@ def test_float16():
 @needs_interpreter
 def test_a_row_is_bitwise_independent_of_company_and_place():
     shape = SHAPES["interpret"]
-    x_ND, w, ct = draw(shape)
+    x_ND, w, _ = draw(shape)
     at = {}
     for seed, grouping in enumerate(("edges", "ragged")):
         sizes_E = sizes_of(grouping, shape.rows)
         # The same 20 rows go to expert 3 each time, at its end, among others.
         end = int(np.cumsum(sizes_E)[3])
         rows = draw(shape, seed=seed + 5)[0].at[end - 20 : end].set(x_ND[:20])
-        at[grouping] = interpreted(shape, sizes_E, rows, w, ct)[0][end - 20 : end]
+        with shim.interpret():
+            at[grouping] = np.asarray(grouped_matmul(rows, w, sizes_E, implementation="mosaic"))[
+                end - 20 : end
+            ]
     np.testing.assert_array_equal(at["edges"].view(np.uint16), at["ragged"].view(np.uint16))
 
 
