@@ -142,8 +142,8 @@ def _tiles(shape: Shape) -> Mapping[str, Sequence[Mapping[str, Any]]]:
     def products(parts: int, width: int, narrow: bool) -> list[Mapping[str, Any]]:
         """Forward and dX; low tiles share columns out, high ones rows. `narrow`: 64 columns too."""
         splits = ((64, "columns"), (128, "rows"), (256, "rows"))
-        each = itertools.product(splits, (64, 128, 256), (3, 4, 6, 8), (2,), (1, 2))
-        tiles = [Tile(rows, columns, *rest[:2], split, rest[2]) for (rows, split), columns, *rest in each]
+        each = itertools.product(splits, (64, 128, 256), (3, 4, 6, 8), (1, 2))
+        tiles = [Tile(rows, c, stages, 2, split, cluster) for (rows, split), c, stages, cluster in each]
         return [
             t._asdict()
             for t in tiles
