@@ -1,0 +1,138 @@
+"""Whole programs compiled for H200s: train steps on one and eight devices, and a decode step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.h200.compiler import Report, compile_for_h200, devices, on_one_device
+from dsv3_jax.config import MeshConfig, ModelConfig, RunConfig, TrainingConfig, parse_kernels
+from dsv3_jax.hf.any_config import load_model_config
+from dsv3_jax.inference import steps
+from dsv3_jax.inference.table import RowTable
+from dsv3_jax.inference.weights import unstack_layers
+from dsv3_jax.model import abstract_variables, make_pages
+from dsv3_jax.parallel import make_mesh
+from dsv3_jax.training.step import abstract_state, batch_sharding, make_train_step
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# V3's structure at 1.75e9 parameters: width 2048, 8 layers, 32 experts, 4 a token, of 1024.
+MODEL_2B = ModelConfig(
+    vocab_size=32000, hidden_size=2048, intermediate_size=8192, moe_intermediate_size=1024, num_hidden_layers=8,
+    num_attention_heads=16, n_shared_experts=1, n_routed_experts=32, num_experts_per_tok=4, first_k_dense_replace=1,
+    q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_group=1,
+    topk_group=1, max_position_embeddings=4096, num_nextn_predict_layers=0, dtype="bfloat16",
+)  # fmt: skip
+
+# V3's layer, whole in width, heads and routing, with 3 layers and 64 of its 256 experts: 8 devices hold 8 each.
+MODEL_V3_SLICE = ModelConfig(
+    vocab_size=32000, num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=64, n_group=8, topk_group=4,
+    num_experts_per_tok=8, num_nextn_predict_layers=1, max_position_embeddings=4096, dtype="bfloat16",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One whole program.
+
+    Attributes:
+      name: for people and files.
+      compile: compiles it and gives the report.
+      model: what it computes, for the rules of `checks`.
+      tokens: of one device.
+      expert: devices the experts are cut over.
+      cache_bytes: of the latent cache; 0 without.
+      operations: those whose kernels it uses, by the names of `--kernels`.
+      kernels: the choice.
+    """
+
+    name: str
+    compile: Callable[[], Report]
+    model: ModelConfig
+    tokens: int
+    expert: int = 1
+    cache_bytes: int = 0
+    operations: tuple[str, ...] = ("attention", "grouped_matmul")
+    kernels: str = "reference"
+
+
+def train(name: str, model: ModelConfig, mesh: MeshConfig, count: int, batch: int, kernels: str) -> Program:
+    """A train step of `batch` sequences of 4096 tokens on `count` devices."""
+    length = 4096
+    cfg = RunConfig(
+        model=model,
+        training=TrainingConfig(batch_size=batch, seq_len=length),
+        mesh=mesh,
+        kernels=kernels,
+    )
+
+    def compiled() -> Report:
+        over = make_mesh(cfg.mesh, devices(count))
+        abstract = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=batch_sharding(over))
+        names = ("tokens_BT", "targets_BT", "segments_BT", "positions_BT")
+        state = abstract_state(cfg, over)
+        return compile_for_h200(
+            make_train_step(cfg, over), state, dict.fromkeys(names, abstract), donate=(0,)
+        )
+
+    return Program(
+        f"train {name} {kernels}", compiled, model, batch * length // count, mesh.expert, kernels=kernels
+    )
+
+
+def decode(name: str, model: ModelConfig, rows: int, context: int, kernels: str) -> Program:
+    """The engine's decode call: a device loop over tokens of all rows; every row has pages for `context` tokens."""
+    page, width = 64, context // 64
+    pages = rows * width + 1
+    latent, index = jax.eval_shape(functools.partial(make_pages, model, pages, page, dtype=model.dtype))
+    counts = jax.ShapeDtypeStruct((model.num_moe_layers, model.n_routed_experts), jnp.int32)
+
+    def compiled() -> Report:
+        sizes = steps.Sizes(pages, model.vocab_size, None, 16, parse_kernels(kernels))
+        variables = abstract_variables(model)
+        weights = jax.eval_shape(functools.partial(unstack_layers, model), variables)
+        row, flag = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool_)
+        arguments = (
+            steps.Memory(latent, index, counts),
+            weights,
+            steps.State(row, row, row, row),
+            jax.ShapeDtypeStruct((rows, width), jnp.int32),
+            jax.ShapeDtypeStruct((sizes.steps, rows), jnp.int32),
+            jax.eval_shape(RowTable(rows, width, model.vocab_size).choosing),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            flag,
+            jax.ShapeDtypeStruct((), jnp.int32),
+            flag,
+        )
+        call = functools.partial(steps.decode, model, sizes)
+        return compile_for_h200(call, *on_one_device(arguments), donate=(0,))
+
+    full = f"decode {name}, {rows} rows of {context} {kernels}"
+    cache_bytes = math.prod(latent.shape) * latent.dtype.itemsize
+    operations = ("latent_attention", "grouped_matmul")
+    return Program(full, compiled, model, rows, 1, cache_bytes, operations, kernels)
+
+
+def all_programs() -> list[Program]:
+    """Every whole program, with XLA's references and with the Mosaic kernels."""
+    moonlight, _ = load_model_config(CONFIGS / "moonlight-16b-a3b.yaml")
+    # Decoding has no scan over layers, so that compiling grows with them.
+    moonlight = dataclasses.replace(moonlight, num_hidden_layers=6)
+    programs = []
+    for kernels in ("reference", "mosaic"):
+        programs += [
+            train("2B 8x4096, 1 device", MODEL_2B, MeshConfig(fsdp=1), 1, 8, kernels),
+            train("2B 64x4096, 8 devices", MODEL_2B, MeshConfig(expert=8, fsdp=1), 8, 64, kernels),
+            train("V3 slice 8x4096, 8 devices", MODEL_V3_SLICE, MeshConfig(expert=8, fsdp=1), 8, 8, kernels),
+            decode("16B-A3B, 6 layers", moonlight, 1, 1024, kernels),
+            decode("16B-A3B, 6 layers", moonlight, 64, 1024, kernels),
+            decode("16B-A3B, 6 layers", moonlight, 64, 8192, kernels),
+        ]
+    return programs
