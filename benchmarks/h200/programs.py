@@ -6,36 +6,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.h200.compiler import Report, compile_for_h200, devices, on_one_device
+from benchmarks.shapes import MODEL_2B, MODEL_V3_SLICE, model_16b
 from dsv3_jax.config import MeshConfig, ModelConfig, RunConfig, TrainingConfig, parse_kernels
-from dsv3_jax.hf.any_config import load_model_config
 from dsv3_jax.inference import steps
 from dsv3_jax.inference.table import RowTable
 from dsv3_jax.inference.weights import unstack_layers
 from dsv3_jax.model import abstract_variables, make_pages
 from dsv3_jax.parallel import make_mesh
 from dsv3_jax.training.step import abstract_state, batch_sharding, make_train_step
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-# V3's structure at 1.75e9 parameters: width 2048, 8 layers, 32 experts, 4 a token, of 1024.
-MODEL_2B = ModelConfig(
-    vocab_size=32000, hidden_size=2048, intermediate_size=8192, moe_intermediate_size=1024, num_hidden_layers=8,
-    num_attention_heads=16, n_shared_experts=1, n_routed_experts=32, num_experts_per_tok=4, first_k_dense_replace=1,
-    q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_group=1,
-    topk_group=1, max_position_embeddings=4096, num_nextn_predict_layers=0, dtype="bfloat16",
-)  # fmt: skip
-
-# V3's layer, whole in width, heads and routing, with 3 layers and 64 of its 256 experts: 8 devices hold 8 each.
-MODEL_V3_SLICE = ModelConfig(
-    vocab_size=32000, num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=64, n_group=8, topk_group=4,
-    num_experts_per_tok=8, num_nextn_predict_layers=1, max_position_embeddings=4096, dtype="bfloat16",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +105,8 @@ def decode(name: str, model: ModelConfig, rows: int, context: int, kernels: str)
 
 def all_programs() -> list[Program]:
     """Every whole program, with XLA's references and with the Mosaic kernels."""
-    moonlight, _ = load_model_config(CONFIGS / "moonlight-16b-a3b.yaml")
     # Decoding has no scan over layers, so that compiling grows with them.
-    moonlight = dataclasses.replace(moonlight, num_hidden_layers=6)
+    moonlight = model_16b(layers=6)
     programs = []
     for kernels in ("reference", "mosaic"):
         programs += [

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.h200 import checks, compiler
 from benchmarks.h200.compiler import Report
-from benchmarks.h200.programs import MODEL_2B, Program, all_programs
+from benchmarks.h200.programs import Program, all_programs
+from benchmarks.shapes import MODEL_2B
 
 PTXAS = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'body_mosaic_gpu_kernel' for 'sm_90a'
