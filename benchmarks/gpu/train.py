@@ -115,7 +115,7 @@ def theirs(model: ModelConfig, rows: int, length: int, steps: int, device: str) 
     compile_s = round(seconds[0], 1)
     return _row(rows * length, seconds[1:]) | {
         "compile_s": compile_s,
-        "loss": float(loss),
+        "loss": float(loss.detach()),
         "peak_bytes": peak,
     }
 

@@ -14,9 +14,11 @@ from benchmarks.h200.compiler import Report, compile_for_h200, devices, on_one_d
 from benchmarks.shapes import MODEL_2B, MODEL_V3_SLICE, model_16b
 from dsv3_jax.config import MeshConfig, ModelConfig, RunConfig, TrainingConfig, parse_kernels
 from dsv3_jax.inference import steps
+from dsv3_jax.inference.device import make_memory
+from dsv3_jax.inference.settings import EngineOptions
 from dsv3_jax.inference.table import RowTable
 from dsv3_jax.inference.weights import unstack_layers
-from dsv3_jax.model import abstract_variables, make_pages
+from dsv3_jax.model import abstract_variables
 from dsv3_jax.parallel import make_mesh
 from dsv3_jax.training.step import abstract_state, batch_sharding, make_train_step
 
@@ -73,17 +75,24 @@ def train(name: str, model: ModelConfig, mesh: MeshConfig, count: int, batch: in
 def decode(name: str, model: ModelConfig, rows: int, context: int, kernels: str) -> Program:
     """The engine's decode call: a device loop over tokens of all rows; every row has pages for `context` tokens."""
     page, width = 64, context // 64
-    pages = rows * width + 1
-    latent, index = jax.eval_shape(functools.partial(make_pages, model, pages, page, dtype=model.dtype))
-    counts = jax.ShapeDtypeStruct((model.num_moe_layers, model.n_routed_experts), jnp.int32)
+    options = EngineOptions(
+        rows=rows,
+        page_size=page,
+        pages=rows * width + 1,
+        context=context,
+        max_logprobs=None,
+        cache_dtype=model.dtype,
+    )
+    memory = jax.eval_shape(functools.partial(make_memory, model, options))
+    latent = memory.latent_NPJ
 
     def compiled() -> Report:
-        sizes = steps.Sizes(pages, model.vocab_size, None, 16, parse_kernels(kernels))
+        sizes = steps.Sizes(rows * width + 1, model.vocab_size, None, 16, parse_kernels(kernels))
         variables = abstract_variables(model)
         weights = jax.eval_shape(functools.partial(unstack_layers, model), variables)
         row, flag = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool_)
         arguments = (
-            steps.Memory(latent, index, counts),
+            memory,
             weights,
             steps.State(row, row, row, row),
             jax.ShapeDtypeStruct((rows, width), jnp.int32),
