@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -350,3 +351,89 @@ def test_a_narrow_screen_in_the_dark(browser: Any, stub: Stub) -> None:
     page.locator("#theme").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     context.close()
+
+
+_RENDER = """async (texts) => {
+  const { showMarkdown } = await import("/static/markdown.js");
+  const allowed = new Set(["P","H2","H3","H4","H5","H6","HR","BR","UL","OL","LI","BLOCKQUOTE","STRONG","EM","DEL",
+    "CODE","PRE","DIV","SPAN","BUTTON","A","TABLE","THEAD","TBODY","TR","TH","TD"]);
+  const found = [];
+  let slowest = 0;
+  for (const text of texts) {
+    const whole = document.createElement("div");
+    const began = performance.now();
+    showMarkdown(whole, text);
+    slowest = Math.max(slowest, performance.now() - began);
+    for (const node of whole.querySelectorAll("*")) {
+      const known = ["class","href","rel","target","title","type","start"];
+      const names = node.getAttributeNames().filter((name) => !known.includes(name));
+      if (!allowed.has(node.tagName) || names.length) found.push([text, node.tagName, ...names]);
+      if (node.href && !/^(https?|mailto):/.test(node.href)) found.push([text, node.href]);
+    }
+    if (text.length > 2000) continue;
+    const grown = document.createElement("div");
+    for (let end = 0; end <= text.length; end += 3) showMarkdown(grown, text.slice(0, end));
+    showMarkdown(grown, text);
+    if (grown.innerHTML !== whole.innerHTML) found.push([text, "differs when it grows"]);
+  }
+  return { found, slowest };
+}"""
+
+
+MARKUP = [
+    "**",
+    "```",
+    "~~~",
+    "\n- ",
+    "\n1. ",
+    "\n> ",
+    "|---|",
+    "http://a.b/",
+    "](javascript:x)",
+    "<img src=x onerror=a>",
+]
+MARKUP += [
+    "\n    ",
+    "中",
+    "mailto:a@b",
+    "](https://a.b)",
+    "\n| a | b |\n|--|--|\n",
+    "***",
+    "&lt;",
+    "\t",
+    "\u2028",
+]
+
+
+def test_any_markdown_gives_known_elements_and_the_same_when_it_grows(page: Any) -> None:
+    rng = random.Random(0)
+    parts = [*"*_~`[]()<>!|#-+ \n\n\\a1.:", *MARKUP]
+    texts = ["".join(rng.choices(parts, k=rng.randint(1, 40))) for _ in range(400)]
+    assert page.evaluate(_RENDER, texts)["found"] == []
+
+
+def test_no_markdown_is_slow(page: Any) -> None:
+    units = [
+        "*",
+        "**a ",
+        "_a",
+        "`",
+        "`a",
+        "[",
+        "[a](",
+        "![",
+        "> ",
+        "- ",
+        "\n- a",
+        "\n> > ",
+        "|a",
+        "<",
+        "http://",
+        "\\",
+        "~~",
+        "- - ",
+    ]
+    result = page.evaluate(
+        _RENDER, [unit * (20_000 // len(unit)) for unit in units] + [" " * n + "- a\n" for n in range(50)]
+    )
+    assert result["found"] == [] and result["slowest"] < 5000, result["slowest"]

@@ -85,7 +85,7 @@ function starts(lines, at) {
 }
 
 function isTable(head, divider) {
-  return DIVIDER.test(divider) && divider.includes("-") && cells(head).length === cells(divider).length;
+  return DIVIDER.test(divider) && divider.includes("|") && cells(head).length === cells(divider).length;
 }
 
 function endOfList(lines, at) {
