@@ -13,6 +13,7 @@ from dsv3_jax.serving.marks import MARKS
 from dsv3_jax.serving.parse import AnswerParser
 from dsv3_jax.serving.text import TextStream
 from dsv3_jax.text import Tokenizer
+from tests.serving.marked import marked_ids
 
 BYTES = Tokenizer.bytes()
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -28,23 +29,9 @@ def _parser(reasoning: bool = True, tools: bool = True) -> AnswerParser:
     return AnswerParser(reasoning=reasoning, tools=tools, new_id=_id)
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of an answer as a model gives it: control strings as their tokens."""
-    ids: list[int] = []
-    while text:
-        found = min((at, s) for s in [*MARKS, ""] if (at := text.find(s) if s else len(text)) >= 0)
-        at, string = found
-        ids += tokenizer.encode_text(text[:at]) if at else []
-        if string:
-            index = tokenizer.control.get(string)
-            ids += tokenizer.encode_text(string) if index is None else [index]
-        text = text[at + len(string) :]
-    return ids
-
-
 def _parse(tokenizer: Tokenizer, text: str, *, cut: bool = False, primer: str = "", **kinds: bool) -> Answer:
-    stream = TextStream(tokenizer, parser=_parser(**kinds), primer=_ids(tokenizer, primer))
-    ids = _ids(tokenizer, text)
+    stream = TextStream(tokenizer, parser=_parser(**kinds), primer=marked_ids(tokenizer, primer))
+    ids = marked_ids(tokenizer, text)
     for chunk in [[index] for index in ids] if cut else [ids]:
         stream.push(chunk)
     stream.finish()
