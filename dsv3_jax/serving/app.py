@@ -155,7 +155,13 @@ def _generating(app: FastAPI, service: Service) -> None:
         if thinking is None and given.reasoning_effort is not None:
             thinking = given.reasoning_effort != "none"
         prompt = await service.render(
-            data["messages"], tools=data.get("tools"), tool_choice=data.get("tool_choice"), thinking=thinking
+            data["messages"],
+            data.get("tools"),
+            request.scope["request_id"],
+            tool_choice=data.get("tool_choice"),
+            thinking=thinking,
+            add_generation_prompt=given.add_generation_prompt is not False,
+            continue_final_message=bool(given.continue_final_message),
         )
         logprobs = (given.top_logprobs or 0) if given.logprobs else None
         most = given.max_tokens if given.max_tokens is not None else given.max_completion_tokens
@@ -178,7 +184,7 @@ def _generating(app: FastAPI, service: Service) -> None:
         service.admission.check((given.n or 1) * len(given.prompts))
         most = COMPLETION_TOKENS if given.max_tokens is None else given.max_tokens
         scored = given.logprobs if given.echo else None
-        prompts = [await service.encode(prompt) for prompt in given.prompts]
+        prompts = [await service.encode(prompt, request.scope["request_id"]) for prompt in given.prompts]
         guide = await guide_for(given, [], service)
         asks = [Ask(prompt, most, given.logprobs, scored, guide) for prompt in prompts]
         decode = service.model.tokenizer.decode
@@ -202,7 +208,7 @@ def _generating(app: FastAPI, service: Service) -> None:
         given = validate(GenerateRequest, data)
         service.admission.check(1)
         if given.messages is not None:
-            prompt = await service.render(data["messages"])
+            prompt = await service.render(data["messages"], request_id=request.scope["request_id"])
         else:
             prompt = await service.encode(
                 given.prompt if given.prompt is not None else given.prompt_token_ids or []

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -102,12 +102,12 @@ def load_filter(spec: str) -> Filter:
 
 
 def filter_messages(
-    content_filter: Filter, messages: Sequence[Mapping[str, Any]], *, request_id: str = ""
-) -> tuple[list[dict[str, Any]], bool]:
-    """(messages with what must not be seen replaced, whether any is blocked): the input stage of a chat.
+    content_filter: Filter, messages: Sequence[Any], tools: Any = None, *, request_id: str = ""
+) -> tuple[list[Any], Any, bool]:
+    """(messages and tools with what must not be seen replaced, whether any is blocked): the input stage of a chat.
 
-    Looks at every text: contents, text parts, reasoning, arguments of earlier calls. To be called with messages that
-    `render` accepts; other values are passed on as they are.
+    Looks at every text that is rendered: contents, text parts, reasoning, arguments of earlier calls, and in tools
+    every text but names. Values that are no messages are passed on as they are, for `render` to refuse.
     """
     blocked = False
 
@@ -119,30 +119,20 @@ def filter_messages(
         blocked = blocked or verdict.blocked
         return verdict.text
 
-    out: list[dict[str, Any]] = []
-    for message in messages:
-        new = dict(message)
-        content = new.get("content")
-        if isinstance(content, list):
-            new["content"] = [
-                {**part, "text": seen(part.get("text"))}
-                if isinstance(part, dict) and "text" in part
-                else part
-                for part in content
-            ]
-        else:
-            new["content"] = seen(content)
-        for key in ("reasoning", "reasoning_content"):
+    def through(value: Any, kept: tuple[str, ...] = ()) -> Any:
+        if isinstance(value, dict):
+            return {key: child if key in kept else through(child, kept) for key, child in value.items()}
+        return [through(child, kept) for child in value] if isinstance(value, list) else seen(value)
+
+    def message(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        new = dict(value)
+        for key in ("content", "reasoning", "reasoning_content"):
             if key in new:
-                new[key] = seen(new[key])
-        if isinstance(new.get("tool_calls"), list):
-            new["tool_calls"] = [_seen_call(call, seen) for call in new["tool_calls"]]
-        out.append(new)
-    return out, blocked
+                new[key] = through(new[key], ("type",))
+        if "tool_calls" in new:
+            new["tool_calls"] = through(new["tool_calls"], ("id", "type", "name"))
+        return new
 
-
-def _seen_call(call: Any, seen: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return call
-    return {**call, "function": {**function, "arguments": seen(function.get("arguments"))}}
+    return [message(value) for value in messages], through(tools, ("type", "name", "required")), blocked

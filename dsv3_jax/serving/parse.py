@@ -38,11 +38,11 @@ from dsv3_jax.serving.marks import (
 _LIMIT = 1024  # longest beginning of a call, from its first mark to its arguments
 _MARK = re.compile("[\ud800-\ud807]")
 _ENDS_REASONING = re.compile(f"[{END_THINK}{CALLS}{CALL}]|<{DSML}")
-_NAME = re.compile(r"[^\s<>{}\"'`]{1,128}")
+_NAME = re.compile(r"[^\s<>{}\"'`\ud800-\ud807]{1,128}")
 _TEXT = "[^\ud800-\ud807{]"
 _HEAD = re.compile(
     f"{CALL}(?P<kind>{_TEXT}*){SEP}"
-    + r"\s*(?:(?P<name>[^\s`{][^`\n{\ud800-\ud807]*?)\s*)?(?:```(?:json)?)?\s*(?P<arguments>\{.*)",
+    + r"\s*(?:(?P<name>[^\s`{\ud800-\ud807][^`\n{\ud800-\ud807]*?)\s*)?(?:```(?:json)?)?\s*(?P<arguments>\{.*)",
     re.DOTALL,
 )
 _HEAD_SO_FAR = re.compile(f"{CALL}{_TEXT}*(?:{SEP}{_TEXT}*)?")
@@ -74,6 +74,7 @@ class AnswerParser:
         self._reasoning, self._tools, self._new_id = reasoning, tools, new_id
         self.marks = tuple(s for s in MARKS if (reasoning if s in _REASONING_MARKS else tools))
         self.calls = 0
+        self._ends_reasoning = _ENDS_REASONING if tools else re.compile(END_THINK)
         self._buffer = ""
         self._state: Callable[[bool], list[Delta] | None] = self._start if reasoning else self._content
         self._in_calls = False  # an END_CALLS or a closing DSML tag is expected
@@ -124,7 +125,7 @@ class AnswerParser:
 
     def _reason(self, end: bool) -> list[Delta] | None:
         """Blanks around the reasoning are dropped. A tool call ends it too."""
-        match = _ENDS_REASONING.search(self._buffer)
+        match = self._ends_reasoning.search(self._buffer)
         stop = len(self._buffer) if match is None else match.start()
         if match is None and self._tools and self._buffer.endswith("<") and not end:
             stop -= 1  # it may open a DSML tag

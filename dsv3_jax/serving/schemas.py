@@ -158,6 +158,8 @@ class ChatRequest(OpenAIOptions):
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     thinking: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     store: Literal[False] | None = None
 

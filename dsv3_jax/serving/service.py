@@ -19,7 +19,7 @@ from dsv3_jax.serving.admission import Admission
 from dsv3_jax.serving.answering import timed_out
 from dsv3_jax.serving.api_errors import ApiError, bad_request
 from dsv3_jax.serving.chat import ChatTemplate, Prompt
-from dsv3_jax.serving.filter import Filter
+from dsv3_jax.serving.filter import Filter, filter_messages
 from dsv3_jax.serving.generation import Choice, Generation
 from dsv3_jax.serving.guides import GuideMaker
 from dsv3_jax.serving.metrics import Metrics
@@ -134,35 +134,49 @@ class Service:
         except DataError:
             raise bad_request("the text cannot be encoded by this model's tokenizer") from None
 
-    async def encode(self, prompt: str | list[int]) -> Prompt:
-        """A completion's prompt."""
+    async def encode(self, prompt: str | list[int], request_id: str = "") -> Prompt:
+        """A completion's prompt, what the filter hides replaced."""
         if isinstance(prompt, str):
-            await self._check_input([prompt])
-            bos = self.model.bos_id
+            bos, text = self.model.bos_id, await self._seen(prompt, request_id)
             return Prompt(
-                await self.text(lambda: self.model.tokenizer.encode_prompt(prompt, bos)), [], tools=False
+                await self.text(lambda: self.model.tokenizer.encode_prompt(text, bos)), [], tools=False
             )
         if max(prompt) >= self.model.vocab_size:
             raise bad_request(f"token ids must be below {self.model.vocab_size}", "prompt")
         if self.filter is not None:
-            await self._check_input([self.model.tokenizer.decode(prompt)])
+            text = self.model.tokenizer.decode(prompt)
+            if await self._seen(text, request_id) != text:
+                told = (
+                    "the server's content filter would change this input, which it cannot in ids: send text"
+                )
+                raise bad_request(told, "prompt", "content_filter")
         return Prompt(prompt, [], tools=False)
 
-    async def render(self, messages: list[Any], **options: Any) -> Prompt:
-        """A conversation's prompt."""
+    async def render(
+        self, messages: list[Any], tools: Any = None, request_id: str = "", **options: Any
+    ) -> Prompt:
+        """A conversation's prompt, what the filter hides replaced."""
         template = self.model.template
         if template is None:
             raise bad_request("this model has no chat format: use /v1/completions or /generate", "messages")
-        await self._check_input(list(_texts(messages)))
-        return await self.text(lambda: template.render(messages, **options))
+        given = messages, tools
+        if (content_filter := self.filter) is not None:
+            messages, tools, blocked = await self.text(
+                lambda: filter_messages(content_filter, *given, request_id=request_id)
+            )
+            if blocked:
+                raise _blocked()
+        return await self.text(lambda: template.render(messages, tools=tools, **options))
 
-    async def _check_input(self, texts: list[str]) -> None:
+    async def _seen(self, text: str, request_id: str) -> str:
+        """`text` as the input filter lets it through. Raises the 400 of what it blocks."""
         content_filter = self.filter
         if content_filter is None:
-            return
-        verdicts = await self.text(lambda: [content_filter.check(text) for text in texts])
-        if any(verdict.blocked for verdict in verdicts):
-            raise bad_request("the input was blocked by the server's content filter", code="content_filter")
+            return text
+        verdict = await self.text(lambda: content_filter.check(text, where="input", request_id=request_id))
+        if verdict.blocked:
+            raise _blocked()
+        return verdict.text
 
     def sampling(
         self, options: Options, ask: Ask, *, defaults: dict[str, Any], max_new_tokens: int, seed: int
@@ -279,13 +293,5 @@ class ChatAsk(Ask):
     """A conversation: its answer is parsed for reasoning and tool calls."""
 
 
-def _texts(value: Any) -> Any:
-    """Every string in the messages."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for child in value.values():
-            yield from _texts(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _texts(child)
+def _blocked() -> ApiError:
+    return bad_request("the input was blocked by the server's content filter", code="content_filter")

