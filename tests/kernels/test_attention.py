@@ -16,7 +16,9 @@ from dsv3_jax.kernels.attention.shapes import SHAPES
 SCALE = 0.3
 
 
-def plain(q_BTHQ, k_BSHQ, v_BSHU, visible_BTS):
+def plain(q_BTHQ, k_BSGQ, v_BSGU, visible_BTS):
+    groups = q_BTHQ.shape[2] // k_BSGQ.shape[2]
+    k_BSHQ, v_BSHU = jnp.repeat(k_BSGQ, groups, axis=2), jnp.repeat(v_BSGU, groups, axis=2)
     scores_BHTS = SCALE * jnp.einsum("bthq,bshq->bhts", q_BTHQ, k_BSHQ)
     shown = visible_BTS[:, None]
     weights_BHTS = jnp.where(shown, jnp.exp(scores_BHTS - scores_BHTS.max(-1, keepdims=True)), 0.0)
@@ -58,7 +60,7 @@ def assert_same(function, arrays, visible_BTS):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), got, want)
 
 
-@pytest.mark.parametrize("name", ["one_token", "one_block", "odd_blocks"])
+@pytest.mark.parametrize("name", ["one_token", "one_block", "odd_blocks", "grouped_odd_blocks"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_equals_the_plain_formula(name, causal):
     shape = SHAPES[name]
@@ -81,7 +83,7 @@ def segmented(T, block):
     # A small block makes the blocked path cheap enough to try many packings of the same shape.
     def run(q, k, v, segments_BT, mask_BTS):
         function = functools.partial(reference.attention, scale=SCALE, causal=True, block=block)
-        return value_and_gradients(lambda *a: function(*a, segments_BT, segments_BT, mask_BTS), (q, k, v))
+        return value_and_gradients(lambda *a: function(*a, segments_BT, segments_BT, mask_BTS)[0], (q, k, v))
 
     return jax.jit(run)
 
@@ -115,8 +117,26 @@ def test_custom_gradient_against_finite_differences(block):
     arrays = random_arrays(SHAPES["one_block"])
     segments_BT = jnp.asarray(np.minimum(np.arange(17)[None] // 5, 2) + np.zeros((2, 1)), jnp.int32)
     function = functools.partial(reference.attention, scale=SCALE, causal=True, block=block)
-    run = jax.jit(lambda q, k, v: function(q, k, v, segments_BT, segments_BT, None))
-    check_grads(run, arrays, order=1, modes=["rev"], eps=1e-2, atol=2e-2, rtol=2e-2)
+
+    def run(q, k, v):
+        # Without the five of padding, whose lse is infinite.
+        out, lse_BHT = function(q, k, v, segments_BT, segments_BT, None)
+        return out, lse_BHT[:, :, 5:]
+
+    check_grads(jax.jit(run), arrays, order=1, modes=["rev"], eps=1e-2, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["one_block", "odd_blocks"])
+def test_log_sum_exp_is_that_of_the_scaled_scores(name):
+    q, k, v = random_arrays(SHAPES[name])
+    T = q.shape[1]
+    segments_BT = jnp.asarray(np.minimum(np.arange(T)[None] // 5, 2) + np.zeros((2, 1)), jnp.int32)
+    out, lse_BHT = attention(q, k, v, scale=SCALE, segments_BT=segments_BT, return_lse=True)
+    shown_BTS = visible(2, T, T, True, segments_BT)
+    scores_BHTS = jnp.where(shown_BTS[:, None], SCALE * jnp.einsum("bthq,bshq->bhts", q, k), -jnp.inf)
+    some = np.asarray(segments_BT > 0)[:, None] & np.ones((1, q.shape[2], 1), bool)
+    np.testing.assert_allclose(lse_BHT[some], jax.nn.logsumexp(scores_BHTS, -1)[some], atol=1e-5)
+    assert np.all(np.isposinf(lse_BHT[~some])) and not np.any(np.asarray(out)[~shown_BTS.any(-1)])
 
 
 def test_memory_of_the_gradient_grows_with_length_not_its_square():
@@ -166,7 +186,7 @@ def test_full_size_shapes_trace(name):
 
 def test_shapes_that_disagree_are_refused_with_both():
     q, k, v = random_arrays(SHAPES["one_block"])
-    with pytest.raises(ValueError, match=r"k \(2, 17, 3, 8\).*disagree"):
+    with pytest.raises(ValueError, match=r"k \(2, 17, 3, 8\) \(B S G Q\).*disagree"):
         attention(q, v, v, scale=SCALE)
     with pytest.raises(ValueError, match="as many queries as keys, got 5 and 17"):
         attention(q[:, :5], k, v, scale=SCALE)
@@ -174,5 +194,7 @@ def test_shapes_that_disagree_are_refused_with_both():
         attention(q, k, v, scale=SCALE, segments_BT=jnp.ones((2, 16), jnp.int32))
     with pytest.raises(ValueError, match="segments_BS is needed"):
         attention(q[:, :5], k, v, scale=SCALE, causal=False, segments_BT=jnp.ones((2, 5), jnp.int32))
+    with pytest.raises(ValueError, match="3 query heads are no multiple of 2 key and value heads"):
+        attention(q, k[:, :, :2], v[:, :, :2], scale=SCALE)
     with pytest.raises(ValueError, match="no implementation 'flash'"):
         attention(q, k, v, scale=SCALE, implementation="flash")

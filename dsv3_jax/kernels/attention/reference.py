@@ -40,8 +40,8 @@ class Plan(NamedTuple):
 
 def attention(
     q_BTHQ: jax.Array,
-    k_BSHQ: jax.Array,
-    v_BSHU: jax.Array,
+    k_BSGQ: jax.Array,
+    v_BSGU: jax.Array,
     segments_BT: jax.Array | None,
     segments_BS: jax.Array | None,
     mask_BTS: jax.Array | None,
@@ -49,10 +49,11 @@ def attention(
     scale: float,
     causal: bool,
     block: int = BLOCK,
-) -> jax.Array:
-    """See `api.attention`."""
+) -> tuple[jax.Array, jax.Array]:
+    """(out_BTHU, lse_BHT), see `api.attention`. Grouped keys and values are repeated to H heads first."""
     B, T, H, _ = q_BTHQ.shape
-    S = k_BSHQ.shape[1]
+    S, G = k_BSGQ.shape[1:3]
+    k_BSHQ, v_BSHU = (x if G == H else jnp.repeat(x, H // G, axis=2) for x in (k_BSGQ, v_BSGU))
     t, s = _block_size(T, block), _block_size(S, block)
     if segments_BT is None and S % s and not causal:
         # Keys added by padding must be hidden; the causal mask does it already.
@@ -64,7 +65,8 @@ def attention(
         masks["mask_BTS"] = _pad(_pad(mask_BTS, 1, t), 2, s)
     h = max(h for h in range(1, H + 1) if H % h == 0 and (h == 1 or h * t * s * 4 <= SCORE_BYTES))
     plan = Plan(scale, causal, t, s, h)
-    return _attention(_pad(q_BTHQ, 1, t), _pad(k_BSHQ, 1, s), _pad(v_BSHU, 1, s), masks, plan)[:, :T]
+    out_BTHU, lse_BHT = _attention(_pad(q_BTHQ, 1, t), _pad(k_BSHQ, 1, s), _pad(v_BSHU, 1, s), masks, plan)
+    return out_BTHU[:, :T], lse_BHT[:, :, :T]
 
 
 def _block_size(length: int, block: int) -> int:
@@ -194,7 +196,7 @@ def _forward(q_BTHQ, k_BSHQ, v_BSHU, masks: Masks, plan: Plan):
     return lax.fori_loop(0, B * (H // h), visit, start)
 
 
-def _backward(q_BTHQ, k_BSHQ, v_BSHU, masks: Masks, out_BTHU, lse_BHT, dout_BTHU, plan: Plan):
+def _backward(q_BTHQ, k_BSHQ, v_BSHU, masks: Masks, out_BTHU, lse_BHT, dout_BTHU, dlse_BHT, plan: Plan):
     """Gradients of q, k, v (FlashAttention-2, arXiv 2307.08691, algorithm 2).
 
     Scores are recomputed transposed, keys first: then no product contracts the rows of its left side,
@@ -203,7 +205,8 @@ def _backward(q_BTHQ, k_BSHQ, v_BSHU, masks: Masks, out_BTHU, lse_BHT, dout_BTHU
     scale, causal, t, s, h = plan
     (B, T, H, Q), (_, S, _, U) = q_BTHQ.shape, v_BSHU.shape
     dtype = q_BTHQ.dtype
-    delta_BHT = _einsum("bthu,bthu->bht", out_BTHU, dout_BTHU)
+    # d lse / d scores are the weights, so that a cotangent of lse joins delta.
+    delta_BHT = _einsum("bthu,bthu->bht", out_BTHU, dout_BTHU) - dlse_BHT
 
     def pair(group, i, j, k_hsQ, k_hQs, v_hsU):
         q_htQ, dout_htU = group.take(q_BTHQ, i, t), group.take(dout_BTHU, i, t)
@@ -254,19 +257,20 @@ def _backward(q_BTHQ, k_BSHQ, v_BSHU, masks: Masks, out_BTHU, lse_BHT, dout_BTHU
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(q_BTHQ, k_BSHQ, v_BSHU, masks, plan):
-    return _forward(q_BTHQ, k_BSHQ, v_BSHU, masks, plan)[0]
+    return _forward(q_BTHQ, k_BSHQ, v_BSHU, masks, plan)
 
 
 def _vjp_forward(q_BTHQ, k_BSHQ, v_BSHU, masks, plan):
     out_BTHU, lse_BHT = _forward(q_BTHQ, k_BSHQ, v_BSHU, masks, plan)
     out_BTHU = checkpoint_name(out_BTHU, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
-    return out_BTHU, (q_BTHQ, k_BSHQ, v_BSHU, masks, out_BTHU, lse_BHT)
+    return (out_BTHU, lse_BHT), (q_BTHQ, k_BSHQ, v_BSHU, masks, out_BTHU, lse_BHT)
 
 
-def _vjp_backward(plan, saved, dout_BTHU):
+def _vjp_backward(plan, saved, cotangents):
     q_BTHQ, k_BSHQ, v_BSHU, masks, out_BTHU, lse_BHT = saved
-    dq, dk, dv = _backward(q_BTHQ, k_BSHQ, v_BSHU, masks, out_BTHU, lse_BHT, dout_BTHU, plan)
+    dout_BTHU, dlse_BHT = cotangents
+    dq, dk, dv = _backward(q_BTHQ, k_BSHQ, v_BSHU, masks, out_BTHU, lse_BHT, dout_BTHU, dlse_BHT, plan)
     return dq, dk, dv, jax.tree.map(lambda m: np.zeros(m.shape, jax.dtypes.float0), masks)
 
 

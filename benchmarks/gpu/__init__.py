@@ -1,1 +1,0 @@
-"""Speed on one GPU, after correctness: `python -m benchmarks.gpu`."""
