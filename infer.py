@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from dsv3_jax.config import parse_kernels
 from dsv3_jax.errors import ConfigError, run_main
 
 TEXT = PrimitiveConstructorSpec[str | None](  # tyro alone would read the text "None" as no text
@@ -77,6 +78,9 @@ class Flags:
     """Pages of the cache; by default what the rows can need, as far as memory allows."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
+    kernels: str = "auto"
+    """Implementation of attention and the experts' products: auto, reference or mosaic, with exceptions such as
+    mosaic,grouped_matmul=reference."""
     ignore_eos: bool = False
     """Go on after an end-of-sequence id."""
     presence_penalty: float = 0.0
@@ -110,7 +114,16 @@ def main() -> int:
 
     sampling = Sampling(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Sampling)})
     batch_size = flags.batch_size if flags.batch_size is not None else 16 if flags.input else 1
-    job = Job(flags.checkpoint, sampling, batch_size, flags.dtype, flags.force, flags.page_size, flags.pages)
+    job = Job(
+        flags.checkpoint,
+        sampling,
+        batch_size,
+        flags.dtype,
+        flags.force,
+        flags.page_size,
+        flags.pages,
+        parse_kernels(flags.kernels),
+    )
     if flags.input is not None and flags.output is not None:
         return run_file(job, flags.input, flags.output)
     assert flags.prompt is not None

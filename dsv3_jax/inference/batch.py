@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 import dsv3_jax
+from dsv3_jax.config import AUTO_KERNELS, Kernels
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.inputs import Line, PromptReader, check_top, parser_of
@@ -40,6 +41,7 @@ class Job:
     force: bool = False
     page_size: int = EngineOptions.page_size
     pages: int | None = None
+    kernels: Kernels = AUTO_KERNELS
 
     def __post_init__(self) -> None:
         check(self.sampling, ConfigError, "--", dash=True)
@@ -72,6 +74,7 @@ class Job:
             context=context_of(longest, model.cfg),
             steps_per_call=steps_per_call or EngineOptions.steps_per_call,
             max_logprobs=max(counts, default=None),
+            kernels=self.kernels,
         )
         weights = model.load()
         return Engine(
@@ -233,6 +236,7 @@ def _fingerprint(job: Job, model: OpenedModel, source: Path) -> dict[str, Any]:
             "batch_size": job.batch_size,
             "page_size": job.page_size,
             "dtype": model.cfg.dtype,
+            "kernels": dataclasses.asdict(job.kernels),
         },
         "software": [dsv3_jax.__version__, jax.__version__, jax.default_backend()],
     }

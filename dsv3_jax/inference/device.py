@@ -50,7 +50,7 @@ class Device:
             options.pages, vocab_limit, options.max_logprobs, options.steps_per_call, options.kernels
         )
         self._layers = [jax.device_put(np.int32(layer)) for layer in range(cfg.num_hidden_layers)]
-        self._memory = jax.jit(functools.partial(_make_memory, cfg, options))()
+        self._memory = jax.jit(functools.partial(make_memory, cfg, options))()
 
     @functools.cached_property
     def _compiled(self) -> dict[str, Any]:
@@ -168,7 +168,8 @@ def _shape(shape: tuple[int, ...], dtype: Any = "int32") -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-def _make_memory(cfg: ModelConfig, options: EngineOptions) -> steps.Memory:
+def make_memory(cfg: ModelConfig, options: EngineOptions) -> steps.Memory:
+    """Empty pages, and what else stays on the device between calls."""
     assert options.pages is not None
     latent, index = make_pages(cfg, options.pages, options.page_size, dtype=options.cache_dtype)
     counts = jnp.zeros((cfg.num_moe_layers, cfg.n_routed_experts), jnp.int32) if cfg.num_moe_layers else None

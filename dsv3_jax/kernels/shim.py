@@ -13,7 +13,7 @@ Importing this module touches no device and fails on no version. What differs:
 |---|---|---|---|---|
 | `kernel(out_shape=, scratch_shapes=)` | or `out_type=` .. | `out_type=` .. | the same | `kernel` takes the new names |
 | `kernel(cost_estimate=)` | no | no | yes | `kernel` passes it on where it is known |
-| `load(ref, idx)` | idx needed | optional | gone | `load(ref)`, of `ref.at[...]` |
+| `load(ref, idx)` | idx needed | idx deprecated | gone | `load(ref)`, of `ref.at[...]` |
 | transposed reference | `transpose_ref` | `ref.transpose` | the same | `transpose(ref, permutation)` |
 | default lowering semantics | lane | warpgroup | warpgroup | `compiler_params` names them |
 | interpret mode | knows no layouts | yes | yes | `interpret()`, `why_not_interpret()`, `interpreting()` |
@@ -179,7 +179,7 @@ def compiler_params(*, warpgroup: bool = False, **options: Any) -> Any:
 
 def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
     """The value of a whole reference (`ref.at[...]` for a part of it) in a layout."""
-    if "idx" in inspect.signature(plgpu.load).parameters:
+    if VERSION < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)
 

@@ -63,6 +63,7 @@ def test_flags_that_cannot_be_read_exit_2_with_the_nearest(
         (["--checkpoint", "d", "--prompt", "x", "--temperature", "nan"], "--temperature is 'nan'"),
         (["--checkpoint", "d", "--prompt", "x", "--stop", "a", "--stop", ""], "--stop is"),
         (["--checkpoint", "d", "--prompt", "x", "--seed", "-1"], "--seed is '-1'"),
+        (["--checkpoint", "d", "--prompt", "x", "--kernels", "fast"], "kernels: 'fast'"),
         (["--checkpoint", "/nowhere", "--prompt", "None"], "/nowhere: no such folder"),
     ],
 )
@@ -101,6 +102,15 @@ def test_a_killed_job_goes_on_and_gives_the_same_file(checkpoint: Path, tmp_path
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     refused = run(*flags, "--output", output)
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "--force" in refused.stderr
+
+
+def test_a_named_kernel_that_cannot_run_ends_with_the_reason(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--checkpoint", str(checkpoint), "--prompt", "x", "--max-new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["infer.py", *flags, "--kernels", "auto,grouped_matmul=mosaic"])
+    with pytest.raises(ConfigError, match=r"kernel grouped_matmul.* 'mosaic'"):
+        infer.main()
 
 
 def test_a_prompt_on_the_terminal_from_either_kind_of_folder(checkpoint: Path, tmp_path: Path) -> None:

@@ -22,28 +22,30 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def plan_of(lengths, *, slots=2048, workers=7, pieces=3, least=2, most=8):
+def plan_of(lengths, *, slots=2048, workers=7, pieces=3, least=2, most=8, limit=100):
     last_B = jnp.asarray(lengths, jnp.int32) - 1
-    plan = schedule(last_B, slots, workers=workers, pieces=pieces, least=least, most=most)
+    options = dict(workers=workers, pieces=pieces, least=least, most=most, limit=limit)
+    plan = jax.jit(functools.partial(schedule, slots=slots, **options))(last_B)
     return jax.tree.map(np.asarray, plan)
 
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
     lengths=st.lists(st.integers(0, 2048), min_size=5, max_size=5),
-    limits=st.sampled_from([(1, 1, 1), (3, 2, 8), (7, 4, 32), (1, 1, 32)]),
+    limits=st.sampled_from([(1, 1, 1, 40), (3, 2, 8, 40), (7, 4, 32, 2), (1, 1, 4, 2)]),
 )
-@hypothesis.example(lengths=[0, 0, 0, 0, 0], limits=(3, 2, 8))
-@hypothesis.example(lengths=[1, 64, 65, 0, 2048], limits=(3, 2, 8))
+@hypothesis.example(lengths=[0, 0, 0, 0, 0], limits=(3, 2, 8, 40))
+@hypothesis.example(lengths=[1, 64, 65, 0, 2048], limits=(3, 2, 8, 40))
+@hypothesis.example(lengths=[2048, 2047, 1, 2048, 2048], limits=(1, 1, 4, 2))
 def test_workers_together_take_every_block_of_every_row_once(lengths, limits):
-    pieces, least, most = limits
-    plan = plan_of(lengths, pieces=pieces, least=least, most=most)
+    pieces, least, most, limit = limits
+    plan = plan_of(lengths, pieces=pieces, least=least, most=most, limit=limit)
     taken = []
     for w in range(7):
         for i in range(plan.begin_w[w], plan.begin_w[w + 1]):
             row = plan.row_i[i]
             assert plan.piece_B[row] <= i < plan.piece_B[row] + plan.pieces_B[row]
-            assert 0 < plan.blocks_i[i] <= most
+            assert 0 < plan.blocks_i[i] <= max(most, 32 // limit)
             taken += [(row, plan.first_i[i] + k) for k in range(plan.blocks_i[i])]
     assert plan.begin_w[0] == 0 and plan.begin_w[7] == plan.pieces_B.sum() <= len(plan.row_i)
     assert taken == [(b, k) for b, n in enumerate(lengths) for k in range(-(-n // BLOCK))]  # in order
@@ -68,10 +70,16 @@ def test_workers_get_even_shares():
     assert max(loads) <= np.mean(loads) + 16  # one piece
 
 
-def test_room_for_pieces_grows_with_the_table_only_by_whole_pieces():
-    assert most_pieces(128, 4096, pieces=2, least=4, most=32) == 128 * 2
-    assert most_pieces(128, 65536, pieces=2, least=4, most=32) == 128 * 32
-    assert most_pieces(4, 64, pieces=33, least=4, most=32) == 4
+def test_room_for_pieces_does_not_grow_with_the_table_for_ever():
+    options = dict(least=4, most=32, limit=8)
+    assert most_pieces(128, 4096, pieces=1, **options) == 128 * 2
+    assert (
+        most_pieces(128, 65536, pieces=1, **options)
+        == most_pieces(128, 1 << 20, pieces=1, **options)
+        == 128 * 8
+    )
+    assert most_pieces(4, 65536, pieces=33, **options) == 4 * 33
+    assert most_pieces(4, 64, pieces=33, **options) == 4
 
 
 # --- interpreted -------------------------------------------------------------------------------------------
@@ -151,6 +159,17 @@ def test_interpreted_one_piece_and_many_agree():
     check(arrays, interpreted(arrays, most=1))
     whole = interpreted(arrays, least=8, most=8)
     check(arrays, whole)
+
+
+def test_a_prefill_of_many_rows_needs_room_for_one_piece_a_row():
+    shape = PAGED_SHAPES["v3"]._replace(batch=8, tokens=128, table=2048)  # 16,384 rows each, 131,072 slots
+    function = functools.partial(
+        pallas_gpu.latent_attention, value_dim=512, scale=0.1, mask_BTS=None, block=64
+    )
+    with shim.compiling_for():
+        jaxpr = jax.make_jaxpr(function)(*shape.arrays(jnp.bfloat16))
+    sizes = {v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if v.aval.dtype == jnp.float32}
+    assert max(sizes) == 8 * 16384 * 512
 
 
 # --- lowered -----------------------------------------------------------------------------------------------

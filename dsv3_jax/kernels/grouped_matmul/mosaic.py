@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul.mosaic_dw import GradientTile, weight_gradient
-from dsv3_jax.kernels.grouped_matmul.mosaic_product import LINE, Tile, product
+from dsv3_jax.kernels.grouped_matmul.mosaic_product import Tile, product
+from dsv3_jax.kernels.grouped_matmul.pipeline import LINE
 from dsv3_jax.kernels.tables import tuned
 
 # Widths are cut in whole tiles, of 128 at the least.
@@ -45,6 +47,9 @@ def default_tile(kind: str, N: int, E: int, width: int) -> Tile:
     """The tile of `mosaic_product.product` where the table has none."""
     columns = 128 if kind.startswith("swiglu") or width % 256 else 256
     if _few(N, E):
+        # At most min(N, E) experts have rows: narrow tiles where wide ones would leave multiprocessors idle.
+        if kind != "dx" and min(N, E) * (width // 128) <= shim.sm_count():
+            return Tile(LINE, LINE, 6, 2, "columns")
         return Tile(LINE, columns, 4, 2, "columns")
     deep = columns == 128 and not kind.startswith("swiglu")
     return Tile(2 * LINE, columns, 6 if deep else 4, 2, "rows")

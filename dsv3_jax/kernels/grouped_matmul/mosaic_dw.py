@@ -19,12 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels import shim
-from dsv3_jax.kernels.grouped_matmul.mosaic_product import (
+from dsv3_jax.kernels.grouped_matmul.pipeline import (
     CONSUMERS,
     LINE,
+    await_cluster,
+    consumed,
     drain,
+    grid,
     persistent,
     ring,
+    shared,
     transforms,
 )
 from dsv3_jax.kernels.shim import pl, plgpu
@@ -37,12 +41,14 @@ class GradientTile(NamedTuple):
       rows, columns: of dw in a tile; each of the two warpgroups has half of the rows.
       stages: slices of 64 summed rows in flight.
       slots: blocks of 64 columns that a warpgroup may have on their way out.
+      cluster: blocks next to each other in rows that load their common columns of x once, by multicast.
     """
 
     rows: int = 128
     columns: int = 256
     stages: int = 4
     slots: int = 2
+    cluster: int = 1
 
     def shared_bytes(self) -> int:
         """Shared memory of a block; the barriers come to less than 1024."""
@@ -56,15 +62,18 @@ def weight_gradient(
     (N, D), F, E = x_ND.shape, dy_NF.shape[1], group_sizes_E.shape[0]
     dtype = x_ND.dtype
     R, C = tile.rows // CONSUMERS, tile.columns
-    down, across = F // tile.rows, D // tile.columns
+    down, across = F // (tile.rows * tile.cluster), D // tile.columns
+    if down * tile.rows * tile.cluster != F or across * tile.columns != D:
+        raise ValueError(f"dw of {x_ND.shape} and {dy_NF.shape} is not made of tiles {tile}")
     if N < LINE:
         x_ND, dy_NF = (jnp.pad(a, ((0, LINE - N), (0, 0))) for a in (x_ND, dy_NF))
     ends_E = jnp.cumsum(group_sizes_E)
     groups = jnp.stack([ends_E - group_sizes_E, ends_E]).astype(jnp.int32)
-    cores = shim.sm_count()
+    cores, blocks = grid(tile.cluster)
 
     def body(groups, x, dy, dw, x_smem, dy_smem, out_smem, full, empty):
         wg = lax.axis_index("wg")
+        block, multicast = shared(tile.cluster)
         total = jnp.int32(E * down * across)
 
         def place(index):
@@ -80,7 +89,7 @@ def weight_gradient(
                 expert,
                 first,
                 size,
-                f * tile.rows,
+                (f * tile.cluster + block) * tile.rows,
                 d * tile.columns,
                 lax.div(size + (LINE - 1), jnp.int32(LINE)),
             )
@@ -103,13 +112,14 @@ def weight_gradient(
                     rows = pl.ds(first + k * LINE, LINE)
                     plgpu.copy_gmem_to_smem(dy.at[rows, pl.ds(f, tile.rows)], dy_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(
-                        x.at[rows, pl.ds(d, tile.columns)], x_smem.at[slot], full.at[slot]
+                        x.at[rows, pl.ds(d, tile.columns)], x_smem.at[slot], full.at[slot], **multicast
                     )
 
                 lax.fori_loop(0, count, load, None)
                 return start + count
 
-            persistent(total, cores, place, visit)
+            taken = persistent(total, cores, place, visit)
+            await_cluster(taken, tile.stages, empty, tile.cluster)
 
         @pl.when(wg < CONSUMERS)
         def _multiply():
@@ -165,8 +175,7 @@ def weight_gradient(
     run = shim.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((E, F, D), dtype),
-        grid=(cores,),
-        grid_names=("core",),
+        **blocks,
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         compiler_params=shim.compiler_params(),
@@ -175,7 +184,7 @@ def weight_gradient(
             plgpu.SMEM((tile.stages, LINE, tile.rows), dtype, transforms=transforms(8)),
             plgpu.SMEM((CONSUMERS, tile.slots, R, LINE), dtype, transforms=transforms(8)),
             plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages),
+            consumed(tile.cluster, tile.stages),
         ),
     )
     return run(groups, x_ND, dy_NF)

@@ -12,7 +12,6 @@ and WGMMA takes 16-bit operands either way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +19,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels import shim
+from dsv3_jax.kernels.grouped_matmul.pipeline import (
+    CONSUMERS,
+    LINE,
+    await_cluster,
+    consumed,
+    drain,
+    grid,
+    persistent,
+    ring,
+    shared,
+    store_rows,
+    transforms,
+)
 from dsv3_jax.kernels.grouped_matmul.schedule import EXPERT, ROW, ROWS, schedule
 from dsv3_jax.kernels.shim import pl, plgpu
-
-# A swizzle line, 128 bytes of 16-bit numbers.
-LINE = 64
-CONSUMERS = 2
-SHARED_BYTES = 232_448
 
 
 class Tile(NamedTuple):
@@ -36,8 +43,9 @@ class Tile(NamedTuple):
       rows: rows of a tile.
       columns: output columns of a tile; of each of gate and up in the fused kernel.
       stages: slices of the summed axis in flight.
-      slots: blocks of 64 columns that a warpgroup may have on their way out.
+      slots: blocks of (up to) 64 columns that a warpgroup may have on their way out.
       split: what the two warpgroups share out, "rows" or "columns".
+      cluster: blocks next to each other in columns that load their common rows once, by multicast.
     """
 
     rows: int = 128
@@ -45,6 +53,7 @@ class Tile(NamedTuple):
     stages: int = 4
     slots: int = 2
     split: str = "rows"
+    cluster: int = 1
 
     @property
     def warpgroup(self) -> tuple[int, int]:
@@ -57,55 +66,6 @@ class Tile(NamedTuple):
         """Shared memory of a block, with `parts` weights a tile; the barriers come to less than 1024."""
         slices = self.stages * (self.rows + parts * self.columns) * LINE
         return 2 * (slices + CONSUMERS * self.slots * self.warpgroup[0] * LINE) + 1024
-
-
-def transforms(rows: int) -> tuple[Any, ...]:
-    return plgpu.TilingTransform((rows, LINE)), plgpu.SwizzleTransform(2 * LINE)
-
-
-def ring(step: jax.Array, stages: int) -> jax.Array:
-    return lax.rem(step, jnp.int32(stages))
-
-
-def persistent(total: jax.Array, cores: int, place: Callable, visit: Callable) -> None:
-    """`visit(place(index), step)` for this block's share of `total` tiles; it returns the ring's next step."""
-    core = lax.axis_index("core")
-    mine = lax.div(total - core + (cores - 1), jnp.int32(cores))
-
-    def turn(i, carry):
-        step, here = carry
-        # Read a tile ahead: the latency of its few numbers is not waited for.
-        after = place(jnp.minimum(core + (i + 1) * cores, total - 1))
-        return visit(here, step), after
-
-    lax.fori_loop(0, mine, turn, (jnp.int32(0), place(jnp.minimum(core, total - 1))))
-
-
-def drain(slots: int) -> None:
-    """Until the oldest of `slots` blocks of shared memory on their way out may be overwritten."""
-    # The interpreter counts every copy as a group of its own.
-    plgpu.wait_smem_to_gmem(0 if shim.interpreting() else slots - 1, wait_read_only=True)
-
-
-def store_rows(
-    smem: Any, block: tuple[Any, ...], gmem: Any, row: jax.Array, count: jax.Array, columns: Any
-) -> None:
-    """The first `count` rows of `smem[block]`, by boxes of powers of two; commits one group."""
-    done: Any = 0
-    size = min(smem.shape[len(block)], 1 << (gmem.shape[0].bit_length() - 1))
-    while size:
-
-        @pl.when((count & size) != 0)
-        def copy(done=done, size=size):
-            plgpu.copy_smem_to_gmem(
-                smem.at[*block, pl.ds(done, size)],
-                gmem.at[pl.ds(row + done, size), columns],
-                commit_group=False,
-            )
-
-        done = done + (count & size)
-        size //= 2
-    plgpu.commit_smem_to_gmem_group()
 
 
 def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile, kind: str) -> Any:
@@ -121,12 +81,15 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
     E, F = w.shape[0], w.shape[-1] if kind == "dx" else w.shape[-2]
     dtype = x_ND.dtype
     R, C = tile.warpgroup
+    W = min(C, LINE)
     steps = K // LINE
-    across = F // tile.columns
+    across = F // (tile.columns * tile.cluster)
+    if K % LINE or across * tile.columns * tile.cluster != F:
+        raise ValueError(f"{kind} of {x_ND.shape} and {w.shape} is not made of tiles {tile}")
     if N < tile.rows:
         x_ND = jnp.pad(x_ND, ((0, tile.rows - N), (0, 0)))
     plan = schedule(group_sizes_E, N, tile.rows)
-    cores = shim.sm_count()
+    cores, blocks = grid(tile.cluster)
     widths = {"swiglu+": (F, 2 * F)}.get(kind, (F,))
     outs = tuple(jax.ShapeDtypeStruct((N, width), dtype) for width in widths)
     weight_block = {"dx": (LINE, tile.columns)}.get(kind, (parts * tile.columns, LINE))
@@ -134,13 +97,14 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
     def body(tiles, live, x, w, *refs):
         outs, (x_smem, w_smem, out_smem, full, empty) = refs[: len(widths)], refs[len(widths) :]
         wg = lax.axis_index("wg")
+        block, multicast = shared(tile.cluster)
         total = live[0] * across
 
         def place(index):
             """Expert, first row, rows, first column, steps of a tile."""
             t = lax.div(index, jnp.int32(across))
             expert = tiles[EXPERT, t]
-            column = lax.rem(index, jnp.int32(across)) * tile.columns
+            column = (lax.rem(index, jnp.int32(across)) * tile.cluster + block) * tile.columns
             return expert, tiles[ROW, t], tiles[ROWS, t], column, jnp.where(expert < E, steps, 0)
 
         @pl.when(wg == CONSUMERS)
@@ -160,7 +124,7 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
 
                     inner = pl.ds(k * LINE, LINE)
                     plgpu.copy_gmem_to_smem(
-                        x.at[pl.ds(row, tile.rows), inner], x_smem.at[slot], full.at[slot]
+                        x.at[pl.ds(row, tile.rows), inner], x_smem.at[slot], full.at[slot], **multicast
                     )
                     outer = pl.ds(column, tile.columns)
                     if kind == "dx":
@@ -178,7 +142,8 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
                 lax.fori_loop(0, count, load, None)
                 return first + count
 
-            persistent(total, cores, place, visit)
+            taken = persistent(total, cores, place, visit)
+            await_cluster(taken, tile.stages, empty, tile.cluster)
 
         @pl.when(wg < CONSUMERS)
         def _multiply():
@@ -236,11 +201,11 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
                     drain(tile.slots)
                     out_smem[wg, slot] = value.astype(dtype)
                     plgpu.commit_smem()
-                    store_rows(out_smem, (wg, slot), out, row, own, pl.ds(at, LINE))
+                    store_rows(out_smem, (wg, slot), out, row, own, pl.ds(at, W))
                     slot = (slot + 1) % tile.slots
 
-                for c in range(0, C, LINE):
-                    chunk = [s[:, c : c + LINE] for s in sums]
+                for c in range(0, C, W):
+                    chunk = [s[:, c : c + W] for s in sums]
                     if not fused:
                         put(chunk[0], outs[0], column + c)
                         continue
@@ -256,17 +221,16 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
     run = shim.kernel(
         body,
         out_type=outs,
-        grid=(cores,),
-        grid_names=("core",),
+        **blocks,
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         compiler_params=shim.compiler_params(),
         scratch_types=(
             plgpu.SMEM((tile.stages, tile.rows, LINE), dtype, transforms=transforms(8)),
             plgpu.SMEM((tile.stages, *weight_block), dtype, transforms=transforms(8)),
-            plgpu.SMEM((CONSUMERS, tile.slots, R, LINE), dtype, transforms=transforms(1)),
+            plgpu.SMEM((CONSUMERS, tile.slots, R, W), dtype, transforms=transforms(1, W)),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=tile.stages),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages),
+            consumed(tile.cluster, tile.stages),
         ),
     )
     return run(plan.tiles, plan.live, x_ND, w)

@@ -14,7 +14,8 @@ import numpy as np
 from dsv3_jax.kernels.cases import Case, normal
 from dsv3_jax.kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 from dsv3_jax.kernels.grouped_matmul.mosaic_dw import GradientTile
-from dsv3_jax.kernels.grouped_matmul.mosaic_product import LINE, SHARED_BYTES, Tile
+from dsv3_jax.kernels.grouped_matmul.mosaic_product import Tile
+from dsv3_jax.kernels.grouped_matmul.pipeline import LINE, SHARED_BYTES
 
 Kind = Literal["grouped_matmul", "grouped_swiglu"]
 Load = Literal["even", "hot", "one"]
@@ -79,6 +80,8 @@ SHAPES = {
     "b1_down": Shape(131072, 32, 1024, 2048),
     "b1_gate_up_decode": Shape(256, 32, 2048, 1024, "grouped_swiglu"),
     "b1_down_decode": Shape(256, 32, 1024, 2048),
+    "b1_gate_up_decode_1": Shape(4, 32, 2048, 1024, "grouped_swiglu"),
+    "b1_down_decode_1": Shape(4, 32, 1024, 2048),
     # 16B-A3B: 64 experts of 1408 (no multiple of 256), six a token.
     "a3b_gate_up": Shape(49152, 64, 2048, 1408, "grouped_swiglu"),
     "a3b_down": Shape(49152, 64, 1408, 2048),
@@ -136,26 +139,30 @@ def _inputs(key: jax.Array, *, shape: Shape, backward: bool) -> tuple[jax.Array,
 def _tiles(shape: Shape) -> Mapping[str, Sequence[Mapping[str, Any]]]:
     """What to try: every tile that divides the widths and fits shared memory."""
 
-    def products(parts: int, width: int) -> list[Mapping[str, Any]]:
-        each = itertools.product((64, 128, 256), (128, 256), (3, 4, 5, 6, 8), (1, 2, 4), ("rows", "columns"))
-        tiles = [Tile(*t) for t in each]
+    def products(parts: int, width: int, narrow: bool) -> list[Mapping[str, Any]]:
+        """Forward and dX; low tiles share columns out, high ones rows. `narrow`: 64 columns too."""
+        splits = ((64, "columns"), (128, "rows"), (256, "rows"))
+        each = itertools.product(splits, (64, 128, 256), (3, 4, 6, 8), (1, 2))
+        tiles = [Tile(rows, c, stages, 2, split, cluster) for (rows, split), c, stages, cluster in each]
         return [
             t._asdict()
             for t in tiles
-            if width % t.columns == 0
-            and t.warpgroup[0] % LINE == 0
+            if width % (t.columns * t.cluster) == 0
+            and (t.columns > LINE or (narrow and t.rows == LINE))
             and t.warpgroup[0] * t.warpgroup[1] * parts <= 64 * 256
             and t.shared_bytes(parts) <= SHARED_BYTES
         ]
 
-    gradients = [GradientTile(128, *t) for t in itertools.product((128, 256), (3, 4, 5, 6), (1, 2, 4))]
+    each = itertools.product((128, 256), (3, 4, 6), (1, 2, 4), (1, 2))
+    gradients = [GradientTile(128, *t) for t in each]
     return {
-        shape.kind: products(shape.parts, shape.outputs),
-        "grouped_matmul_dx": products(1, shape.inputs),
+        shape.kind: products(shape.parts, shape.outputs, True),
+        "grouped_matmul_dx": products(1, shape.inputs, False),
         "grouped_matmul_dw": [
             t._asdict()
             for t in gradients
-            if shape.inputs % t.columns == 0 and t.shared_bytes() <= SHARED_BYTES
+            if shape.inputs % t.columns == 0 == shape.parts * shape.outputs % (t.rows * t.cluster)
+            and t.shared_bytes() <= SHARED_BYTES
         ],
     }
 

@@ -32,11 +32,15 @@ WEIGHTS, FETCH = 2, 3  # warpgroups; 0 and 1 hold the two halves of the value
 
 
 class Tiles(NamedTuple):
-    """How rows are cut (`schedule.schedule`): blocks of a piece, and pieces a worker should have."""
+    """How rows are cut (`schedule.schedule`): blocks of a piece, pieces a worker should have, pieces of a row."""
 
     least: int = 4
     most: int = 32
     pieces_per_worker: int = 1
+    limit: int = 8
+
+
+PARTS_BYTES = 2**28  # what pieces may take for the sake of even shares
 
 
 def refuses(
@@ -102,7 +106,11 @@ def latent_attention(
 
     workers = max(1, shim.sm_count() // row_tiles)
     pieces = max(1, -(-workers * tile.pieces_per_worker // B))
-    plan = schedule(last_B, M * P, workers=workers, pieces=pieces, least=tile.least, most=tile.most)
+    a_row = row_tiles * ROWS * value_dim * 4
+    limit = max(1, min(tile.limit, PARTS_BYTES // (B * a_row)))
+    plan = schedule(
+        last_B, M * P, workers=workers, pieces=pieces, least=tile.least, most=tile.most, limit=limit
+    )
     part_imC, lse_im = pieces_kernel(
         q_BmJ, pages_NPJ, tables_BM, limit_Bm, last_B, plan, value_dim=value_dim, scale=scale, workers=workers
     )

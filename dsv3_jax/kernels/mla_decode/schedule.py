@@ -34,41 +34,47 @@ class Schedule(NamedTuple):
     pieces_B: jax.Array
 
 
-def most_pieces(batch: int, slots: int, *, pieces: int, least: int, most: int) -> int:
+def most_pieces(batch: int, slots: int, *, pieces: int, least: int, most: int, limit: int) -> int:
     """The largest number of pieces that `schedule` can make of `batch` rows of up to `slots` slots."""
     blocks = -(-slots // BLOCK)
-    a_row = min(-(-blocks // least), max(pieces, -(-blocks // most)))
-    return batch * max(1, a_row)
+    return batch * max(1, min(-(-blocks // least), max(pieces, min(limit, -(-blocks // most)))))
 
 
-def schedule(last_B: jax.Array, slots: int, *, workers: int, pieces: int, least: int, most: int) -> Schedule:
+def schedule(
+    last_B: jax.Array, slots: int, *, workers: int, pieces: int, least: int, most: int, limit: int
+) -> Schedule:
     """Cut rows whose last live slots are `last_B` (-1: none).
 
     Args:
       slots: the most a row can have.
       workers: how many share the pieces.
-      pieces: how many pieces a row is cut into, as far as the next two allow.
+      pieces: how many pieces a row is cut into, as far as `least` and `most` allow.
       least, most: blocks of a piece (the last piece of a row may be shorter).
+      limit: no row is cut into more than the larger of `limit` and `pieces`, whatever `most` is.
     """
-    length = most_pieces(len(last_B), slots, pieces=pieces, least=least, most=most)
-    blocks_B = (last_B + BLOCK) // BLOCK
+    B = len(last_B)
+    length = most_pieces(B, slots, pieces=pieces, least=least, most=most, limit=limit)
+    blocks_B = (last_B.astype(jnp.int32) + BLOCK) // BLOCK
     size_B = jnp.clip(-(-blocks_B // pieces), least, most)
+    size_B = jnp.maximum(size_B, -(-blocks_B // max(limit, pieces)))
     pieces_B = -(-blocks_B // size_B)
-    ends_B = jnp.cumsum(pieces_B)
+
+    # Sums and searches by comparing all with all: a few fused kernels, where a scan or a binary search is many.
+    b, i, w = (jnp.arange(n, dtype=jnp.int32) for n in (B, length, workers + 1))
+    up_to_BB = b[:, None] <= b[None, :]
+    ends_B = jnp.sum(jnp.where(up_to_BB, pieces_B[:, None], 0), axis=0)
+    cost_B = blocks_B + START_COST * pieces_B
+    costs_B = jnp.sum(jnp.where(up_to_BB, cost_B[:, None], 0), axis=0)
     piece_B = ends_B - pieces_B
 
-    i = jnp.arange(length, dtype=jnp.int32)
-    # By comparing all with all: one fused kernel, where a binary search is a loop of many small ones.
-    row_i = jnp.searchsorted(ends_B, i, side="right", method="compare_all").astype(jnp.int32)
-    real_i = row_i < len(last_B)
-    row_i = jnp.minimum(row_i, len(last_B) - 1)
+    row_i = jnp.minimum(jnp.sum((ends_B[:, None] <= i[None, :]).astype(jnp.int32), axis=0), B - 1)
     first_i = (i - piece_B[row_i]) * size_B[row_i]
+    real_i = i < ends_B[-1]
     blocks_i = jnp.where(real_i, jnp.minimum(size_B[row_i], blocks_B[row_i] - first_i), 0)
 
-    # Worker w begins with the first piece whose predecessors cost at least w shares.
-    cost_i = jnp.cumsum(jnp.where(real_i, blocks_i + START_COST, 0))
-    before_i, total = jnp.concatenate([jnp.zeros(1, cost_i.dtype), cost_i[:-1]]), cost_i[-1]
-    w = jnp.arange(workers + 1, dtype=jnp.int32)
+    # Worker w begins with the first piece before which at least w shares are spent.
+    before_i = (costs_B - cost_B)[row_i] + first_i + START_COST * (i - piece_B[row_i])
+    total = costs_B[-1]
     share_w = total // workers * w + total % workers * w // workers
-    begin_w = jnp.minimum(jnp.searchsorted(before_i, share_w, method="compare_all"), ends_B[-1])
-    return Schedule(*(a.astype(jnp.int32) for a in (row_i, first_i, blocks_i, begin_w, piece_B, pieces_B)))
+    begin_w = jnp.sum(((before_i[None, :] < share_w[:, None]) & real_i[None, :]).astype(jnp.int32), axis=1)
+    return Schedule(row_i, first_i, blocks_i, begin_w, piece_B, pieces_B)
