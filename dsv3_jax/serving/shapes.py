@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsv3_jax.serving.generation import Choice, News
+from dsv3_jax.serving.tokens import TokenOffsets, token_text
 from dsv3_jax.text import Tokenizer
 
 _LEAST_LOGPROB = -9999.0
@@ -28,19 +29,14 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
 
 
 class TokenNames:
-    """Tokens as OpenAI names them: their text, and their bytes."""
+    """Tokens as OpenAI names them: their text, their bytes, and where they are in a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def text(self, index: int) -> str:
-        """The text of one id; bytes that are no character become U+FFFD."""
-        return self._tokenizer.decode([index], skip_special=False)
-
-    def bytes(self, index: int) -> list[int]:
-        """The bytes of one id."""
-        data = self._tokenizer.token_bytes(index) if self._tokenizer.byte_level else None
-        return list(self.text(index).encode() if data is None else data)
+    def offsets(self) -> TokenOffsets:
+        """Of a new text."""
+        return TokenOffsets(self._tokenizer)
 
     def chat(self, entry: Any) -> dict[str, Any]:
         """An element of a chat's logprobs.content."""
@@ -50,28 +46,26 @@ class TokenNames:
         }
 
     def _one(self, index: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.text(index), "logprob": finite(logprob), "bytes": self.bytes(index)}
+        token = token_text(self._tokenizer, index)
+        data = list(token.text.encode()) if token.bytes is None else token.bytes
+        return {"token": token.text, "logprob": finite(logprob), "bytes": data}
 
-    def completion(self, entries: Sequence[Any], offset: int, top: int) -> dict[str, Any]:
+    def completion(self, entries: Sequence[Any], offsets: TokenOffsets, top: int) -> dict[str, Any]:
         """A completion's logprobs; None stands for a prompt's first token when its id is not known."""
-        tokens = [self.text(entry["token_id"]) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
+        tokens = offsets.push(entry["token_id"] for entry in entries)
         tops = [
             None
             if entry["logprob"] is None
-            else {self.text(index): finite(value) for index, value in entry["top"]}
+            else {token_text(self._tokenizer, index).text: finite(value) for index, value in entry["top"]}
             for entry in entries
         ]
         return {
-            "tokens": tokens,
+            "tokens": [token.text for token in tokens],
             "token_logprobs": [
                 None if entry["logprob"] is None else finite(entry["logprob"]) for entry in entries
             ],
             "top_logprobs": tops if top else None,
-            "text_offset": offsets,
+            "text_offset": [token.offset for token in tokens],
         }
 
 
@@ -176,7 +170,7 @@ class CompletionShape(OpenAIShape):
         """`echo`: the text of each prompt, to come before its answers, or None."""
         super().__init__(names, model, n, include_usage, "cmpl", "text_completion")
         self.top, self.echo = logprobs, echo
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, TokenOffsets] = {}
 
     def first(self) -> Iterable[dict[str, Any]]:
         """Nothing."""
@@ -187,9 +181,8 @@ class CompletionShape(OpenAIShape):
     ) -> dict[str, Any]:
         logprobs = None
         if self.top is not None and entries:
-            offset = self._offsets.get(choice.index, 0)
-            logprobs = self.names.completion(entries, offset, self.top)
-            self._offsets[choice.index] = offset + sum(map(len, logprobs["tokens"]))
+            offsets = self._offsets.setdefault(choice.index, self.names.offsets())
+            logprobs = self.names.completion(entries, offsets, self.top)
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _echoed(self, choice: Choice) -> tuple[str, list[Any]]:

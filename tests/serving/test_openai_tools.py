@@ -146,6 +146,24 @@ def test_a_stream_of_characters_in_several_tokens(client: openai.OpenAI) -> None
     assert "".join(parts) == "Hello, 你好 🦩" and all("\ufffd" not in part for part in parts)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_of_tokens_are_places_in_the_text(v3: openai.OpenAI, stream: bool) -> None:
+    given: Any = v3.completions.create(
+        model=fake.MODEL, prompt="中HELLO", echo=True, logprobs=2, stream=stream
+    )
+    choices = [chunk.choices[0] for chunk in given] if stream else given.choices
+    text = "".join(choice.text for choice in choices)
+    assert text == "中HELLOHello, 你好 🦩!"
+    found = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    tokens = [token for logprobs in found for token in logprobs.tokens]
+    offsets = [offset for logprobs in found for offset in logprobs.text_offset]
+    parts = [token for token in tokens if token.startswith("bytes:")]
+    assert len(parts) > 1 and len(set(parts)) == len(parts)  # the bird is several tokens, no two of one name
+    for token, offset in zip(tokens[1:], offsets[1:], strict=True):  # the first is the beginning of sequence
+        assert text[offset:].startswith(("🦩", " 🦩") if token in parts else token)
+    assert all(len(top) == 2 for logprobs in found for top in logprobs.top_logprobs if top)
+
+
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
