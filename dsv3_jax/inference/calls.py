@@ -45,12 +45,32 @@ def starting(tiles: list[Tile]) -> list[Sequence]:
     return [sequence for sequence in ends if sequence.max_new and not sequence.new]
 
 
+def places(tiles: list[Tile], options: EngineOptions, shards: int = 1) -> list[int]:
+    """Where in the call each tile is: among those of the device that has its row."""
+    height, each = options.rows // shards, options.prefill_tiles // shards
+    used = [0] * shards
+    found = []
+    for tile in tiles:
+        shard = tile.sequence.row // height
+        found.append(shard * each + used[shard])
+        used[shard] += 1
+    return found
+
+
 def prefill(
-    device: Device, options: EngineOptions, table: RowTable, tiles: list[Tile], *, score: bool, wanted: bool
+    device: Device,
+    options: EngineOptions,
+    table: RowTable,
+    tiles: list[Tile],
+    *,
+    score: bool,
+    wanted: bool,
+    shards: int = 1,
 ) -> PromptsFound:
     """Tiles of prompts, and the first new token of those that are complete.
 
     Args:
+      shards: devices that rows and tiles are cut over.
       score: whether any prompt's tokens are to be scored.
       wanted: whether log-probabilities of new tokens are wanted.
     """
@@ -59,7 +79,8 @@ def prefill(
     positions_BT = np.full(shape, -1, np.int32)
     tables_BM = np.full((shape[0], device.table_width), NULL_PAGE, np.int32)
     last_B, rows_B = np.zeros(shape[0], np.int32), np.full(shape[0], options.rows, np.int32)
-    for at, tile in enumerate(tiles):
+    height = options.rows // shards
+    for at, tile in zip(places(tiles, options, shards), tiles, strict=True):
         prompt, count = tile.sequence.prompt, tile.stop - tile.start
         tokens_BT[at, :count] = prompt[tile.start : tile.stop]
         positions_BT[at, :count] = np.arange(tile.start, tile.stop)
@@ -67,7 +88,7 @@ def prefill(
         following = prompt[tile.start + 1 : tile.stop + 1]
         targets_BT[at, : len(following)] = following
         if tile.stop == len(prompt):
-            last_B[at], rows_B[at] = count - 1, tile.sequence.row
+            last_B[at], rows_B[at] = count - 1, tile.sequence.row % height
     hidden_BTD, hidden_BD, finite_B = device.prefill(tokens_BT, positions_BT, tables_BM, last_B, rows_B)
     scored = device.score(hidden_BTD, targets_BT) if score else None
     first = None

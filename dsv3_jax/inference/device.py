@@ -14,6 +14,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import steps
 from dsv3_jax.inference.adjustments import begin_count
+from dsv3_jax.inference.placement import HERE, Placement
 from dsv3_jax.inference.programs import Programs
 from dsv3_jax.inference.sampling import Choosing, TokenLogprobs
 from dsv3_jax.inference.settings import EngineOptions, pages_of
@@ -38,19 +39,29 @@ class Device:
         *,
         eos_ids: Sequence[int],
         vocab_limit: int,
+        placement: Placement | None = None,
     ) -> None:
-        """Args: options: with every default resolved."""
+        """Args: options: with every default resolved; of all devices together."""
         assert options.pages is not None and options.context is not None
         self.programs = Programs()
         self.table_width = pages_of(options.context, options.page_size)
-        self._cfg, self._weights, self._options = cfg, weights, options
+        self._place = place = placement or Placement()
+        self._cfg, self._weights, self._options = cfg, place.send_weights(weights), options
         # An id that no token has keeps the array's shape legal when nothing ends a row.
-        self._eos_ids = jax.device_put(np.asarray(sorted(set(eos_ids)) or [-2], np.int32))
+        self._eos_ids = place.send(np.asarray(sorted(set(eos_ids)) or [-2], np.int32))
         self._sizes = steps.Sizes(
-            options.pages, vocab_limit, options.max_logprobs, options.steps_per_call, options.kernels
+            options.pages // place.shards,
+            vocab_limit,
+            options.max_logprobs,
+            options.steps_per_call,
+            options.kernels,
+            place.dispatch(cfg),
+            place.axes,
         )
-        self._layers = [jax.device_put(np.int32(layer)) for layer in range(cfg.num_hidden_layers)]
-        self._memory = jax.jit(functools.partial(make_memory, cfg, options))()
+        self._layers = [place.send(np.int32(layer)) for layer in range(cfg.num_hidden_layers)]
+        self._counts_shape = (cfg.num_moe_layers, cfg.n_routed_experts)
+        make = functools.partial(make_memory, cfg, options, place.shards)
+        self._memory = place.spread(make, (), place.cut, local=False)()()
 
     @functools.cached_property
     def _compiled(self) -> dict[str, Any]:
@@ -62,17 +73,33 @@ class Device:
         tokens_BT, tables_BM = _shape((tiles, tile)), _shape((tiles, width))
         state = steps.State(*[_shape((rows,))] * 4)
         flag, number = _shape((), bool), _shape(())
-        choosing = RowTable(rows, width, cfg.vocab_size).choosing()
-        build = self.programs.compile
-        result = {"embed": build(steps.embed, (cfg,), (weights.top, tokens_BT))}
-        for kind, variables in dict(zip(kinds(cfg), weights.layers, strict=True)).items():
-            one = (x_BTD, self._memory, variables, tokens_BT, tables_BM, number)
-            result[kind] = build(steps.prompt_layer, (cfg, kind, sizes), one, (0, 1))
+        choosing = RowTable(rows, width, cfg.vocab_size, self._place).choosing()
+        place, cut, second = self._place, self._place.cut, self._place.cut_second
+        cut_weights, chosen = place.weight_specs(weights), Choosing(cut, cut, HERE)
+        result: dict[str, Any] = {}
+
+        def build(
+            name: str, function: Any, static: Any, args: Any, specs: Any, donate: Any = (), **how: Any
+        ) -> None:
+            result[name] = self.programs.compile(
+                function, static, args, donate, placement=place, specs=specs, **how
+            )
+
+        specs: Any = ((cut_weights.top, cut), cut)
+        build("embed", steps.embed, (cfg,), (weights.top, tokens_BT), specs)
+        layers = zip(kinds(cfg), weights.layers, cut_weights.layers, strict=True)
+        for kind, (variables, own) in {kind: (one, spec) for kind, one, spec in layers}.items():
+            layer = (x_BTD, self._memory, variables, tokens_BT, tables_BM, number)
+            specs = ((cut, cut, own, cut, cut, HERE), (cut, cut))
+            build(kind, steps.prompt_layer, (cfg, kind, sizes), layer, specs, (0, 1))
         end = (weights.top, x_BTD, tokens_BT, _shape((tiles,)), _shape((tiles,)))
-        result["end"] = build(steps.prompt_end, (cfg, rows), end)
+        specs = ((cut_weights.top, cut, cut, cut, cut), (cut, cut, cut))
+        build("end", steps.prompt_end, (cfg, rows // place.shards), end, specs)
         begin = (self._memory, state, weights.top, hidden_BD, choosing, self._eos_ids, flag)
-        result["first"] = build(steps.first, (cfg, sizes), begin, (0,))
-        result["count"] = build(begin_count, (), (self._memory.count_BV, number, number), (0,))
+        specs = ((cut, cut, cut_weights.top, cut, chosen, HERE, HERE), (cut, cut, second))
+        build("first", steps.first, (cfg, sizes), begin, specs, (0,))
+        count = (self._memory.count_BV, number, number)
+        build("count", begin_count, (), count, ((cut, HERE, HERE), cut), (0,), local=False)
         more = (
             self._memory,
             weights,
@@ -85,10 +112,12 @@ class Device:
             number,
             flag,
         )
-        result["decode"] = build(steps.decode, (cfg, sizes), more, (0,))
+        specs = ((cut, cut_weights, cut, cut, second, chosen, *[HERE] * 4), (cut, cut, second))
+        build("decode", steps.decode, (cfg, sizes), more, specs, (0,))
         if sizes.logprobs is not None:
             scored = (weights.top, x_BTD, tokens_BT)
-            result["score"] = build(steps.score, (cfg, sizes.logprobs, steps.SCORE_FLOATS), scored)
+            static = (cfg, sizes.logprobs, steps.SCORE_FLOATS)
+            build("score", steps.score, static, scored, ((cut_weights.top, cut, cut), cut))
         return result
 
     def compile(self) -> None:
@@ -105,7 +134,7 @@ class Device:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Tiles of prompts through all layers; see `steps.prompt_layer` and `steps.prompt_end`."""
         programs, weights = self._compiled, self._weights
-        positions, tables = jax.device_put((positions_BT, tables_BM))
+        positions, tables = self._place.send((positions_BT, tables_BM), self._place.cut)
         x_BTD = programs["embed"](weights.top, tokens_BT)
         for at, (kind, variables) in enumerate(zip(kinds(self._cfg), weights.layers, strict=True)):
             x_BTD, self._memory = programs[kind](
@@ -159,18 +188,22 @@ class Device:
 
     def expert_counts(self) -> np.ndarray | None:
         """int32 [expert layers, experts]: tokens sent to each expert since the start, modulo 2**32."""
-        counts_LE = self._memory.counts_LE
+        if self._memory.counts_LE is None:
+            return None
         # A copy: the next call may reuse the buffer.
-        return None if counts_LE is None else np.array(counts_LE)
+        counts_sLE = np.array(self._memory.counts_LE).reshape(-1, *self._counts_shape)
+        return counts_sLE.sum(0, dtype=np.int32)
 
 
 def _shape(shape: tuple[int, ...], dtype: Any = "int32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-def make_memory(cfg: ModelConfig, options: EngineOptions) -> steps.Memory:
-    """Empty pages, and what else stays on the device between calls."""
+def make_memory(cfg: ModelConfig, options: EngineOptions, shards: int = 1) -> steps.Memory:
+    """Empty pages, and what else stays on the device between calls; of all devices, each one's part in one piece."""
     assert options.pages is not None
     latent, index = make_pages(cfg, options.pages, options.page_size, dtype=options.cache_dtype)
-    counts = jnp.zeros((cfg.num_moe_layers, cfg.n_routed_experts), jnp.int32) if cfg.num_moe_layers else None
+    counts = None
+    if cfg.num_moe_layers:
+        counts = jnp.zeros((shards * cfg.num_moe_layers, cfg.n_routed_experts), jnp.int32)
     return steps.Memory(latent, index, counts, jnp.zeros((options.rows, cfg.vocab_size), jnp.int32))

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import DataError
@@ -28,9 +29,11 @@ from dsv3_jax.inference.adjustments import needs_counts
 from dsv3_jax.inference.device import Device
 from dsv3_jax.inference.options import check_ids
 from dsv3_jax.inference.pages import PagePool
+from dsv3_jax.inference.placement import Placement
 from dsv3_jax.inference.requests import Entry, Request, Result, Update, check_prompt, entry
 from dsv3_jax.inference.scheduler import Plan, Scheduler, Sequence, Tile
 from dsv3_jax.inference.settings import EngineOptions, resolve
+from dsv3_jax.inference.shards import Shards
 from dsv3_jax.inference.stats import Stats
 from dsv3_jax.inference.table import RowTable
 from dsv3_jax.inference.weights import Weights, unstack_layers
@@ -66,6 +69,7 @@ class Engine:
         options: EngineOptions | None = None,
         eos_ids: Iterable[int] = (),
         vocab_limit: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """
         Args:
@@ -73,12 +77,16 @@ class Engine:
           weights: {"params", "router"}, or what `weights.unstack_layers` made of them.
           eos_ids: ids that end a row.
           vocab_limit: ids from here on are never chosen; by default the vocabulary.
+          mesh: devices; rows, tiles and pages of the options are cut over all of them, experts over its axis
+            "expert".
         Raises:
-          ConfigError: no memory for the cache.
+          ConfigError: no memory for the cache, or sizes that do not divide by the devices.
         """
         self.cfg = cfg
+        self._place = place = Placement(mesh)
+        place.check()
         weights = weights if isinstance(weights, Weights) else unstack_layers(cfg, weights)
-        self.options = options = resolve(options or EngineOptions(), cfg)
+        self.options = options = resolve(options or EngineOptions(), cfg, place.shards)
         assert options.pages is not None
         self._device = Device(
             cfg,
@@ -86,17 +94,24 @@ class Engine:
             options,
             eos_ids=list(eos_ids),
             vocab_limit=min(vocab_limit or cfg.vocab_size, cfg.vocab_size),
+            placement=place,
         )
-        self.scheduler = Scheduler(
-            PagePool(options.pages),
-            rows=options.rows,
-            page_size=options.page_size,
-            prefill_tiles=options.prefill_tiles,
-            tile=options.tile,
-            most_steps=options.steps_per_call,
-            prefix_cache=options.prefix_cache,
-        )
-        self._table = RowTable(options.rows, self._device.table_width, cfg.vocab_size)
+        height = options.rows // place.shards
+        schedulers = [
+            Scheduler(
+                PagePool(options.pages // place.shards),
+                rows=height,
+                first_row=shard * height,
+                page_size=options.page_size,
+                prefill_tiles=options.prefill_tiles // place.shards,
+                tile=options.tile,
+                most_steps=options.steps_per_call,
+                prefix_cache=options.prefix_cache,
+            )
+            for shard in range(place.shards)
+        ]
+        self.scheduler = schedulers[0] if place.shards == 1 else Shards(schedulers)
+        self._table = RowTable(options.rows, self._device.table_width, cfg.vocab_size, place)
         self._records: dict[int, _Record] = {}
         self._ready: list[Update] = []
         self._tickets = 0
@@ -231,6 +246,7 @@ class Engine:
                     plan.tiles,
                     score=any(self._records[t.sequence.ticket].prompt_logprobs for t in plan.tiles),
                     wanted=self._wants_logprobs(calls.starting(plan.tiles)),
+                    shards=self._place.shards,
                 )
                 jax.block_until_ready(prompts)
         with self._stats.timed("decode"):
@@ -256,7 +272,8 @@ class Engine:
 
     def _after_prompts(self, tiles: list[Tile], found: calls.PromptsFound) -> Iterator[Update]:
         begin = calls.starting(tiles)
-        for at, tile in enumerate(tiles):
+        places = calls.places(tiles, self.options, self._place.shards)
+        for at, tile in zip(places, tiles, strict=True):
             sequence = tile.sequence
             record = self._records.get(sequence.ticket)
             if record is None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from dsv3_jax.inference.placement import HERE, Placement
+
 Program = Callable[..., Any]
 
 # Of the process: another engine of the same model and sizes compiles nothing.
@@ -33,6 +35,10 @@ class Programs:
         static: tuple[Any, ...],
         args: tuple[Any, ...],
         donate: tuple[int, ...] = (),
+        *,
+        placement: Placement | None = None,
+        specs: tuple[Any, Any] = (HERE, HERE),
+        local: bool = True,
     ) -> Program:
         """The program of `function(*static, *args)`, to be called with arrays like `args`.
 
@@ -40,14 +46,17 @@ class Programs:
           static: hashable leading arguments.
           args: arrays or shapes (jax.ShapeDtypeStruct), and trees of them.
           donate: positions in `args` whose buffers may be reused.
+          placement, specs, local: the devices, and how arguments and results are cut over them; they follow from
+            the function and the placement. See `Placement.spread`.
         """
+        placement = placement or Placement()
         leaves, tree = jax.tree.flatten(args)
-        key = (function, static, donate, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        key = (function, static, donate, placement, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         program = _COMPILED.get(key)
         if program is None:
             started = time.perf_counter()
-            jitted = jax.jit(functools.partial(function, *static), donate_argnums=donate)
-            program = _COMPILED[key] = jitted.lower(*args).compile()
+            jitted = placement.spread(functools.partial(function, *static), *specs, local=local)
+            program = _COMPILED[key] = jitted(donate_argnums=donate).lower(*args).compile()
             self.seconds += time.perf_counter() - started
             self.count += 1
         return program

@@ -111,6 +111,7 @@ class Scheduler:
         pool: PagePool,
         *,
         rows: int,
+        first_row: int = 0,
         page_size: int,
         prefill_tiles: int,
         tile: int,
@@ -120,6 +121,7 @@ class Scheduler:
         """
         Args:
           rows: sequences that run at once.
+          first_row: number of the first of their rows.
           prefill_tiles, tile: tiles of a prefill call, and tokens of a tile.
           most_steps: tokens that a decode call gives a row at most.
         """
@@ -132,7 +134,7 @@ class Scheduler:
         self._tiles, self._tile = prefill_tiles, tile
         self._most_steps = most_steps
         self._prefix_cache = prefix_cache
-        self._rows = list(range(rows - 1, -1, -1))
+        self._rows = list(range(first_row + rows - 1, first_row - 1, -1))
 
     def fits(self, prompt: int, max_new: int) -> bool:
         """Whether a request of this size can run, alone if need be."""

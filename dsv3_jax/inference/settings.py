@@ -64,16 +64,23 @@ class EngineOptions:
                 raise ConfigError(f"{name.replace('_', '-')} is {value}; expected {low} to {high}")
 
 
-def resolve(options: EngineOptions, cfg: ModelConfig) -> EngineOptions:
+def resolve(options: EngineOptions, cfg: ModelConfig, shards: int = 1) -> EngineOptions:
     """`options` with every default filled in for this model and the memory that is free now.
 
-    Raises ConfigError when not even one page fits, or the pages are too few for one token.
+    Args: shards: devices that rows, tiles and pages are cut over.
+    Raises ConfigError when not even one page fits, or when something does not divide by the devices.
     """
+    for name in ("rows", "prefill_tiles"):
+        value = getattr(options, name)
+        if value % shards:
+            raise ConfigError(
+                f"{name.replace('_', '-')} is {value}; expected a multiple of {shards}, the devices"
+            )
     context = min(options.context or cfg.max_position_embeddings, cfg.max_position_embeddings)
     dtype = options.cache_dtype or ("float32" if jax.default_backend() == "cpu" else cfg.dtype)
     pages = options.pages
     if pages is None:
-        wanted = options.rows * pages_of(context, options.page_size) + 1
+        wanted = options.rows // shards * pages_of(context, options.page_size) + 1  # of a device
         page_bytes = token_bytes(cfg, dtype) * options.page_size
         pages = min(wanted, free_bytes() // page_bytes, (2**31 - 1) // cfg.num_hidden_layers)
         if pages < 2:
@@ -81,6 +88,9 @@ def resolve(options: EngineOptions, cfg: ModelConfig) -> EngineOptions:
                 f"no memory for the cache: a page of {options.page_size} tokens takes {page_bytes:,} bytes and "
                 f"{free_bytes():,} may be used; two are needed at least"
             )
+        pages *= shards
+    if pages % shards or pages < 2 * shards:
+        raise ConfigError(f"pages is {pages}; expected a multiple of {shards}, the devices, and two for each")
     return dataclasses.replace(options, context=context, cache_dtype=dtype, pages=pages)
 
 

@@ -24,6 +24,7 @@ from dsv3_jax.model.block import Block
 from dsv3_jax.model.module import rows
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.rope import rope_tables
+from dsv3_jax.parallel.dispatch import Dispatch
 
 Array = jax.Array
 Variables = dict[str, Any]
@@ -86,6 +87,8 @@ class Sizes:
       logprobs: how many of the likeliest ids a log-probability may come with; None: there are none to be had.
       steps: tokens that a decode call may give a row.
       kernels: which implementation computes each kernel.
+      dispatch: how tokens find experts of other devices; None: all are here.
+      axes: mesh axes that rows are cut over.
     """
 
     pages: int
@@ -93,6 +96,8 @@ class Sizes:
     logprobs: int | None
     steps: int
     kernels: Kernels = AUTO_KERNELS
+    dispatch: Dispatch | None = None
+    axes: tuple[str, ...] = ()
 
 
 # --- prompts --------------------------------------------------------------------------------------------------
@@ -232,7 +237,13 @@ def decode(
       memory, the reasons [B] and the tokens.
     """
     B, layers = state.token_B.shape[0], list(zip(kinds(cfg), weights.layers, strict=True))
-    live_before = jnp.sum(state.reason_B == LIVE)
+
+    def live_rows(state: State) -> Array:
+        """Of all devices: each must run as many steps, for the experts of the others."""
+        here = jnp.sum(state.reason_B == LIVE)
+        return jax.lax.psum(here, sizes.axes) if sizes.axes else here
+
+    live_before = live_rows(state)
 
     def step(carry: tuple[Array, Memory, State, Produced]) -> tuple[Array, Memory, State, Produced]:
         i, memory, state, produced = carry
@@ -254,7 +265,7 @@ def decode(
 
     def go_on(carry: tuple[Array, Memory, State, Produced]) -> Array:
         i, _, state, _ = carry
-        live = jnp.sum(state.reason_B == LIVE)
+        live = live_rows(state)
         return (i < limit) & (live > 0) & ~(until_one_ends & (live < live_before))
 
     logprobs = None
@@ -330,7 +341,7 @@ def _layer(
     layer: Array,
 ) -> tuple[Array, Memory]:
     cache = PagedCache(memory.latent_NPJ, memory.index_NPZ, tables_BM, sizes.pages)
-    block = Block(cfg, kind, "absorbed", kernels=sizes.kernels)
+    block = Block(cfg, kind, "absorbed", sizes.dispatch, sizes.kernels)
     (x_BTD, cache), routing = block.apply(variables, (x_BTD, cache), layer, ctx)
     counts_LE = memory.counts_LE
     if routing is not None and counts_LE is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from dsv3_jax.inference.adjustments import make_adjustments, needs_adjusting
 from dsv3_jax.inference.options import Sampling, row_key
 from dsv3_jax.inference.pages import NULL_PAGE
+from dsv3_jax.inference.placement import Placement
 from dsv3_jax.inference.sampling import Choosing, row_options
 
 _UNUSED = Sampling()
@@ -19,7 +20,10 @@ _UNUSED = Sampling()
 class RowTable:
     """Sampling options and block tables of the rows of a decode step."""
 
-    def __init__(self, rows: int, pages_of_a_row: int, vocab_size: int) -> None:
+    def __init__(
+        self, rows: int, pages_of_a_row: int, vocab_size: int, placement: Placement | None = None
+    ) -> None:
+        self._place = placement or Placement()
         nobody = np.zeros(2, np.uint32)
         self._options = row_options([_UNUSED] * rows, [nobody] * rows)
         self._changes = make_adjustments([None] * rows, vocab_size)
@@ -64,19 +68,19 @@ class RowTable:
         """On the device."""
         sent, masks = self._on_device, self._changes.mask_BW
         if "options" not in sent:
-            sent["options"] = jax.tree.map(_send, self._options)
+            sent["options"] = jax.tree.map(self._send, self._options)
             # The masks change with every token of a guided row, the rest with a row.
             rest = dataclasses.replace(self._changes, mask_BW=masks[:, :0])
-            sent["changes"] = jax.tree.map(_send, rest)
+            sent["changes"] = jax.tree.map(self._send, rest)
         if "masks" not in sent:
-            sent["masks"] = _send(masks)
+            sent["masks"] = self._send(masks)
         changes = dataclasses.replace(sent["changes"], mask_BW=sent["masks"])
         return Choosing(sent["options"], changes, np.bool_(any(self._adjusted)))
 
     def tables(self) -> jax.Array:
         """On the device: int32 [rows, pages of a row]."""
         if "tables" not in self._on_device:
-            self._on_device["tables"] = _send(self.tables_BM)
+            self._on_device["tables"] = self._send(self.tables_BM)
         return self._on_device["tables"]
 
     def _set(self, row: int, sampling: Sampling, prompt: np.ndarray, key: np.ndarray) -> None:
@@ -87,7 +91,6 @@ class RowTable:
         for all_, one in zip(*map(jax.tree.leaves, ((self._options, self._changes), new)), strict=True):
             all_[row] = one[0]
 
-
-def _send(array: np.ndarray) -> jax.Array:
-    # A copy: on the CPU the device may use the host's memory itself, and this table changes.
-    return jax.device_put(array.copy())
+    def _send(self, array: np.ndarray) -> jax.Array:
+        # A copy: on the CPU the device may use the host's memory itself, and this table changes.
+        return self._place.send(array.copy(), self._place.cut)
