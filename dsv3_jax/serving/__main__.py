@@ -47,6 +47,9 @@ class Flags:
     """Keep prompts' pages for later prompts that begin alike."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
+    kernels: str = "auto"
+    """Implementation of attention and the experts' products: auto, reference or mosaic, with exceptions such as
+    mosaic,grouped_matmul=reference."""
     chat_format: str = "auto"
     """Format of conversations: auto (the checkpoint's template), or a name such as deepseek-v3.1."""
     content_filter: str | None = None
@@ -97,6 +100,7 @@ def main() -> int:
             "api_key": flags.api_key if flags.api_key is not None else os.environ.get("DSV3_API_KEY"),
         }
     )
+    from dsv3_jax.config import parse_kernels
     from dsv3_jax.inference.engine import Engine  # after the flags: imports take seconds
     from dsv3_jax.inference.guides import Guides
     from dsv3_jax.inference.load import open_model
@@ -110,7 +114,10 @@ def main() -> int:
     sizes = {field.name for field in dataclasses.fields(EngineOptions)} & {
         f.name for f in dataclasses.fields(Flags)
     }
-    options = EngineOptions(**{name: getattr(flags, name) for name in sizes})
+    options = EngineOptions(
+        **{name: getattr(flags, name) for name in sizes if name != "kernels"},
+        kernels=parse_kernels(flags.kernels),
+    )
     content_filter = None if flags.content_filter is None else load_filter(flags.content_filter)
     opened = open_model(flags.checkpoint, flags.dtype)
     for note in opened.notes:

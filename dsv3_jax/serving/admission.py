@@ -24,19 +24,19 @@ class Admission:
         self.tokens = 0
         self._ends: deque[float] = deque(maxlen=64)
 
-    def check(self, sequences: int) -> None:
-        """Raises the 429 early, before a prompt is tokenised, when the queue is full."""
+    def take(self, sequences: int) -> Reservation:
+        """Room for the sequences of a request, before any work is done for it; or a 429 that says when to come back."""
         if self.sequences and self.sequences + sequences > self._settings.max_sequences:
             raise self._full("requests")
-
-    def take(self, sequences: int, tokens: int) -> Reservation:
-        """Reserve room for a request, or raise a 429 that says when to come back."""
-        self.check(sequences)
-        if self.max_tokens is not None and self.sequences and self.tokens + tokens > self.max_tokens:
-            raise self._full("tokens")
         self.sequences += sequences
+        return Reservation(self, sequences)
+
+    def add(self, own: int, tokens: int) -> None:
+        """Called by a reservation of `own` sequences. A request that is alone may have as many as it needs."""
+        alone = self.sequences == own
+        if self.max_tokens is not None and not alone and self.tokens + tokens > self.max_tokens:
+            raise self._full("tokens")
         self.tokens += tokens
-        return Reservation(self, sequences, tokens)
 
     def give_back(self, sequences: int, tokens: int) -> None:
         """Called by a reservation."""
@@ -62,14 +62,28 @@ class Admission:
 
 
 class Reservation:
-    """Room for one request; given back once."""
+    """Room for one request; given back once, at the end of the `with` unless somebody keeps it."""
 
-    def __init__(self, admission: Admission, sequences: int, tokens: int) -> None:
-        self._admission, self._sequences, self._tokens = admission, sequences, tokens
+    def __init__(self, admission: Admission, sequences: int) -> None:
+        self._admission, self._sequences, self._tokens = admission, sequences, 0
         self._held = True
+        self.kept = False
+        """Whether somebody else gives it back."""
+
+    def add(self, tokens: int) -> None:
+        """The tokens the request may need, once they are known. Raises a 429."""
+        self._admission.add(self._sequences, tokens)
+        self._tokens += tokens
 
     def release(self) -> None:
         """Give the room back; a second call does nothing."""
         if self._held:
             self._held = False
             self._admission.give_back(self._sequences, self._tokens)
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.kept:
+            self.release()

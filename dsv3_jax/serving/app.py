@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import mimetypes
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 import dsv3_jax
-from dsv3_jax.serving.answering import Answering
+from dsv3_jax.serving.answering import Answering, Shape, timed_out
 from dsv3_jax.serving.api_errors import PHRASES, ApiError, bad_request
 from dsv3_jax.serving.body import parse_json
 from dsv3_jax.serving.gate import Gate
@@ -31,6 +33,8 @@ from dsv3_jax.serving.schemas import (
 from dsv3_jax.serving.service import Ask, ChatAsk, Service
 from dsv3_jax.serving.shapes import ChatShape, CompletionShape, GenerateShape, TokenNames
 
+Prepared = tuple[Sequence[Ask], Shape]
+Prepare = Callable[[], Awaitable[Prepared]]
 LOG = logging.getLogger("dsv3_jax.serving")
 STATIC = Path(__file__).parent / "static"
 OPENAI_DEFAULTS = {"temperature": 1.0}
@@ -126,22 +130,30 @@ def _generating(app: FastAPI, service: Service) -> None:
     names = TokenNames(service.model.tokenizer)
 
     async def answer(
-        request: Request, options: Any, asks: list[Ask], shape: Any, seed: int | None, **defaults: Any
+        request: Request, options: Any, choices: int, prepare: Prepare, seed: int | None, **defaults: Any
     ) -> Response:
-        wants_logprobs = any(ask.logprobs is not None or ask.prompt_logprobs is not None for ask in asks)
-        if service.filter is not None and wants_logprobs:
-            raise bad_request("log-probabilities are not given while a content filter is on", "logprobs")
+        """Take a place, prepare the prompts within it, submit. The time limit holds from the header on."""
         began = request.scope["began"]
         deadline = began + service.settings.request_timeout
-        generation = await service.generate(
-            options,
-            asks,
-            deadline=deadline,
-            began=began,
-            request_id=request.scope["request_id"],
-            defaults=defaults,
-            seed=seed,
-        )
+        with service.admission.take(choices) as reservation:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    asks, shape = await prepare()
+                    scored = any(ask.logprobs is not None or ask.prompt_logprobs is not None for ask in asks)
+                    if service.filter is not None and scored:
+                        told = "log-probabilities are not given while a content filter is on"
+                        raise bad_request(told, "logprobs")
+                    generation = await service.generate(
+                        options,
+                        asks,
+                        reservation,
+                        began=began,
+                        request_id=request.scope["request_id"],
+                        defaults=defaults,
+                        seed=seed,
+                    )
+            except TimeoutError:
+                raise timed_out() from None
         return Answering(generation, shape, stream=bool(options.stream), deadline=deadline)
 
     @app.post("/v1/chat/completions", **_documented(ChatRequest, "openai"))
@@ -150,22 +162,11 @@ def _generating(app: FastAPI, service: Service) -> None:
         data = parse_json(request.scope["body"])
         given = validate(ChatRequest, data)
         service.check_model(given.model)
-        service.admission.check(given.n or 1)
         thinking = given.thinking
         if thinking is None and given.reasoning_effort is not None:
             thinking = given.reasoning_effort != "none"
-        prompt = await service.render(
-            data["messages"],
-            data.get("tools"),
-            request.scope["request_id"],
-            tool_choice=data.get("tool_choice"),
-            thinking=thinking,
-            add_generation_prompt=given.add_generation_prompt is not False,
-            continue_final_message=bool(given.continue_final_message),
-        )
         logprobs = (given.top_logprobs or 0) if given.logprobs else None
         most = given.max_tokens if given.max_tokens is not None else given.max_completion_tokens
-        ask = ChatAsk(prompt, most, logprobs, guide=await guide_for(given, prompt.primer, service))
         shape = ChatShape(
             names,
             service.settings.model_id,
@@ -174,19 +175,29 @@ def _generating(app: FastAPI, service: Service) -> None:
             include_usage=_usage(given),
             logprobs=bool(given.logprobs),
         )
-        return await answer(request, given, [ask], shape, given.seed, **OPENAI_DEFAULTS)
+
+        async def prepare() -> Prepared:
+            prompt = await service.render(
+                data["messages"],
+                data.get("tools"),
+                request.scope["request_id"],
+                tool_choice=data.get("tool_choice"),
+                thinking=thinking,
+                add_generation_prompt=given.add_generation_prompt is not False,
+                continue_final_message=bool(given.continue_final_message),
+            )
+            guide = await guide_for(given, prompt.primer, service)
+            return [ChatAsk(prompt, most, logprobs, guide=guide)], shape
+
+        return await answer(request, given, given.n or 1, prepare, given.seed, **OPENAI_DEFAULTS)
 
     @app.post("/v1/completions", **_documented(CompletionRequest, "openai"))
     async def completions(request: Request) -> Response:
         """The text that follows each prompt."""
         given = validate(CompletionRequest, parse_json(request.scope["body"]))
         service.check_model(given.model)
-        service.admission.check((given.n or 1) * len(given.prompts))
         most = COMPLETION_TOKENS if given.max_tokens is None else given.max_tokens
         scored = given.logprobs if given.echo else None
-        prompts = [await service.encode(prompt, request.scope["request_id"]) for prompt in given.prompts]
-        guide = await guide_for(given, [], service)
-        asks = [Ask(prompt, most, given.logprobs, scored, guide) for prompt in prompts]
         decode = service.model.tokenizer.decode
         echo = None
         if given.echo:
@@ -199,27 +210,35 @@ def _generating(app: FastAPI, service: Service) -> None:
             logprobs=given.logprobs,
             echo=echo,
         )
-        return await answer(request, given, asks, shape, given.seed, **OPENAI_DEFAULTS)
+
+        async def prepare() -> Prepared:
+            prompts = [await service.encode(prompt, request.scope["request_id"]) for prompt in given.prompts]
+            guide = await guide_for(given, [], service)
+            return [Ask(prompt, most, given.logprobs, scored, guide) for prompt in prompts], shape
+
+        choices = (given.n or 1) * len(given.prompts)
+        return await answer(request, given, choices, prepare, given.seed, **OPENAI_DEFAULTS)
 
     @app.post("/generate", **_documented(GenerateRequest, "generate"))
     async def generate(request: Request) -> Response:
         """One prompt, given as text, ids or messages; greedy unless a temperature is given."""
         data = parse_json(request.scope["body"])
         given = validate(GenerateRequest, data)
-        service.admission.check(1)
-        if given.messages is not None:
-            prompt = await service.render(data["messages"], request_id=request.scope["request_id"])
-        else:
-            prompt = await service.encode(
-                given.prompt if given.prompt is not None else given.prompt_token_ids or []
-            )
         most = GENERATE_TOKENS if given.max_new_tokens is None else given.max_new_tokens
-        shape = GenerateShape(show_ids=service.filter is None)
-        guide = await guide_for(given, prompt.primer, service)
-        ask = Ask(
-            dataclasses.replace(prompt, primer=[]), most, guide=guide
-        )  # the text is that of the ids alone
-        return await answer(request, given, [ask], shape, given.seed or 0)
+
+        async def prepare() -> Prepared:
+            if given.messages is not None:
+                prompt = await service.render(data["messages"], request_id=request.scope["request_id"])
+            else:
+                prompt = await service.encode(
+                    given.prompt if given.prompt is not None else given.prompt_token_ids or [],
+                    request.scope["request_id"],
+                )
+            guide = await guide_for(given, prompt.primer, service)
+            plain = dataclasses.replace(prompt, primer=[])  # the text is that of the ids, and no more
+            return [Ask(plain, most, guide=guide)], GenerateShape(show_ids=service.filter is None)
+
+        return await answer(request, given, 1, prepare, given.seed or 0)
 
 
 def _usage(given: ChatRequest | CompletionRequest) -> bool:

@@ -25,6 +25,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 GENERATING = frozenset({"/generate", "/v1/chat/completions", "/v1/completions"})
 """Routes that take a JSON body."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+HELD_BYTES = 64 << 20
+"""Bodies of all requests together, from their first byte to the end of the answer."""
 _DISCARD_BYTES, _DISCARD_SECONDS = 8 << 20, 2.0
 
 
@@ -50,6 +52,7 @@ class Gate:
         """`ready`: why new work is not taken now, or None."""
         self.app = app
         self._settings, self._metrics, self._ready = settings, metrics, ready
+        self._held = 0
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +74,7 @@ class Gate:
         except Gone:
             outgoing.status = 499
         finally:
+            self._held -= scope.get("held", 0)
             self._count(scope, outgoing.status)
 
     async def _admit(self, scope: Scope, receive: Receive, outgoing: _Outgoing) -> App:
@@ -79,7 +83,7 @@ class Gate:
         has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
         reads = error is None and scope["method"] == "POST" and scope["path"] in GENERATING
         if reads:
-            scope["body"] = await self._body(receive, outgoing) if has_body else b""
+            scope["body"] = await self._body(scope, receive, outgoing) if has_body else b""
         elif has_body:
             outgoing.close = b"expect" in headers or not await _discard(receive)
         if error is not None:
@@ -114,7 +118,7 @@ class Gate:
             return ApiError(415, "compressed bodies are not taken", code="unsupported_media_type")
         return self._ready()
 
-    async def _body(self, receive: Receive, outgoing: _Outgoing) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, outgoing: _Outgoing) -> bytes:
         parts: list[bytes] = []
         size = 0
         try:
@@ -127,7 +131,13 @@ class Gate:
                     if size > BODY_BYTES:  # only chunked bodies come here
                         outgoing.close = not (message.get("more_body") is False or await _discard(receive))
                         raise _too_large()
+                    if self._held + len(message.get("body", b"")) > HELD_BYTES:
+                        outgoing.close = True
+                        told = "the requests that are being read are too large together"
+                        raise ApiError(503, told, code="overloaded", headers={"Retry-After": "1"})
                     parts.append(message.get("body", b""))
+                    self._held += len(parts[-1])
+                    scope["held"] = size
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:

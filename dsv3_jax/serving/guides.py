@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.inference.guides import Guide, Guides
-from dsv3_jax.inference.requests import Request
 from dsv3_jax.serving.api_errors import ApiError, bad_request
 from dsv3_jax.serving.schemas import ChatRequest, Options, StructuredOutputs
-
-
-def supported() -> bool:
-    """Whether the engine takes guides."""
-    return "guide" in {field.name for field in dataclasses.fields(Request)}
 
 
 def asked_for(options: Options) -> StructuredOutputs | None:
@@ -71,7 +64,7 @@ async def guide_for(options: Options, primer: list[int], service: Any) -> Callab
     wanted = asked_for(options)
     if wanted is None:
         return None
-    if service.guides is None or not supported():
+    if service.guides is None:
         raise _unsupported()
     if primer:
         raise bad_request(

@@ -15,8 +15,7 @@ import numpy as np
 from dsv3_jax.errors import DataError
 from dsv3_jax.inference.options import RULES, Sampling
 from dsv3_jax.inference.requests import Request
-from dsv3_jax.serving.admission import Admission
-from dsv3_jax.serving.answering import timed_out
+from dsv3_jax.serving.admission import Admission, Reservation
 from dsv3_jax.serving.api_errors import ApiError, bad_request
 from dsv3_jax.serving.chat import ChatTemplate, Prompt
 from dsv3_jax.serving.filter import Filter, filter_messages
@@ -181,7 +180,7 @@ class Service:
     def sampling(
         self, options: Options, ask: Ask, *, defaults: dict[str, Any], max_new_tokens: int, seed: int
     ) -> Sampling:
-        """The engine's options. Raises a 400 for one that this engine has not."""
+        """The engine's options. Raises a 400 for one that is out of range."""
         given: dict[str, Any] = {**defaults}
         for name in _OPTIONAL:
             if (value := getattr(options, name)) is not None:
@@ -197,9 +196,6 @@ class Service:
             given["logit_bias"] = bias
         given |= {"max_new_tokens": max_new_tokens, "seed": seed}
         given |= {"logprobs": ask.logprobs, "prompt_logprobs": ask.prompt_logprobs}
-        missing = sorted(set(given) - {field.name for field in dataclasses.fields(Sampling)})
-        if missing:
-            raise bad_request(f"{missing[0]} is not supported by this engine", missing[0], "unsupported")
         if given.get("min_tokens", 0) > max_new_tokens:
             raise bad_request("min_tokens is more than the answer may have", "min_tokens")
         sampling = Sampling(**given)
@@ -227,14 +223,14 @@ class Service:
         self,
         options: Options,
         asks: Sequence[Ask],
+        reservation: Reservation,
         *,
-        deadline: float,
         began: float,
         request_id: str,
         defaults: dict[str, Any],
         seed: int | None,
     ) -> Generation:
-        """Admit and submit `n` sequences of every prompt; the caller must close what it gets."""
+        """Submit `n` sequences of every prompt; the caller must close what it gets, which keeps the reservation."""
         n = (options.n or 1) if isinstance(options, OpenAIOptions) else 1
         if any(index >= self.model.vocab_size for index in options.stop_token_ids or ()):
             raise bad_request(f"token ids must be below {self.model.vocab_size}", "stop_token_ids")
@@ -257,17 +253,14 @@ class Service:
                 request = self._request(options, ask, sampling)
                 choices.append(Choice(number * n + own, request, text, bool(options.stream)))
         tokens = sum(len(choice.request.ids) + choice.request.sampling.max_new_tokens for choice in choices)
-        reservation = self.admission.take(len(choices), tokens)
+        reservation.add(tokens)
         generation = Generation(choices, self.worker, self.metrics, reservation, began)
         try:
-            async with asyncio.timeout_at(deadline):
-                await generation.start()
-        except TimeoutError:
-            generation.close()
-            raise timed_out() from None
+            await generation.start()
         except BaseException:
             generation.close()
             raise
+        reservation.kept = True
         return generation
 
     def _parser(self, ask: Ask) -> Any:
@@ -277,15 +270,13 @@ class Service:
         )
 
     def _request(self, options: Options, ask: Ask, sampling: Sampling) -> Request:
-        fields: dict[str, Any] = {}
-        names = {field.name for field in dataclasses.fields(Request)}
-        if options.cache_salt and "tenant" in names:
-            fields["tenant"] = options.cache_salt
-        if options.stream and "stream" in names:
-            fields["stream"] = True
-        if ask.guide is not None:
-            fields["guide"] = ask.guide()
-        return Request(np.asarray(ask.prompt.ids, np.int32), sampling, **fields)
+        return Request(
+            np.asarray(ask.prompt.ids, np.int32),
+            sampling,
+            tenant=options.cache_salt or "",
+            stream=bool(options.stream),
+            guide=None if ask.guide is None else ask.guide(),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

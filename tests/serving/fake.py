@@ -50,7 +50,12 @@ class FakeEngine:
     """Rows, pages and a queue; see the module."""
 
     def __init__(
-        self, rows: int = 4, pages: int = 65, page_size: int = 16, context: int = 1024, delay: float = 0.0
+        self,
+        rows: int = 4,
+        pages: int = 65,
+        page_size: int = 16,
+        context: int = 1024,
+        delay: float = 0.0,
     ) -> None:
         self.options = SimpleNamespace(context=context, pages=pages, page_size=page_size, rows=rows)
         self.delay = delay
@@ -213,8 +218,13 @@ def running(*flags: str, env: dict[str, str] | None = None) -> Iterator[Process]
         server.close()
 
 
+def _broken() -> FakeEngine:
+    raise DataError("the checkpoint is damaged")
+
+
 def main() -> int:
-    """The process: --name value pairs for Settings, and delay, rows, pages, context for the engine."""
+    """The process: --name value pairs for Settings; delay, rows, pages, context for the engine; broken 1
+    (then it cannot be loaded)."""
     from dsv3_jax.serving.chat import ChatTemplate
     from dsv3_jax.serving.command import serve
     from dsv3_jax.serving.service import ServedModel
@@ -227,7 +237,7 @@ def main() -> int:
     }
     engine = {name: int(flags.pop(name)) for name in ("rows", "pages", "context") if name in flags}
     delay = float(flags.pop("delay", 0.0))
-    key = flags.pop("api_key", None)
+    key, broken = flags.pop("api_key", None), bool(flags.pop("broken", 0))
     numbers = {name: float(value) if "." in value else int(value) for name, value in flags.items()}
     settings = Settings(model_id=MODEL, api_key=key, rows=engine.get("rows", 4), **numbers)
     tokenizer = Tokenizer.bytes()
@@ -235,7 +245,7 @@ def main() -> int:
     return serve(
         model,
         settings,
-        lambda: FakeEngine(delay=delay, **engine),
+        _broken if broken else lambda: FakeEngine(delay=delay, **engine),
         host="127.0.0.1",
         port=0,
         context=engine.get("context", 1024),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -108,6 +109,42 @@ def test_the_openai_client_with_logprobs_n_stop_and_usage(client: openai.OpenAI,
     logprobs = scored.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.token_logprobs == [None, *(entry["logprob"] for entry in want.prompt_logprobs[1:])]
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "size": {"enum": ["small", "large"]}},
+        "required": ["ok", "size"],
+        "additionalProperties": False,
+    }
+    chat: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 150,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(**chat, response_format=wanted, n=4, temperature=1.5, seed=3)
+    whole = [choice for choice in answer.choices if choice.finish_reason == "stop"]
+    assert whole, "random weights end at least one of four"
+    for choice in whole:
+        found = json.loads(choice.message.content or "")
+        assert (
+            set(found) == {"ok", "size"}
+            and found["size"] in ("small", "large")
+            and found["ok"] in (True, False)
+        )
+    picked = client.completions.create(
+        model="tiny",
+        prompt="?",
+        max_tokens=9,
+        extra_body={"structured_outputs": {"choice": ["maybe", "never"]}},
+    )
+    assert picked.choices[0].text in ("maybe", "never") and picked.choices[0].finish_reason == "stop"
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**chat, response_format=bad)
+    assert caught.value.code == "invalid_schema" and "nonsense" not in str(caught.value)
 
 
 def test_prefix_hits_are_reported(client: openai.OpenAI) -> None:

@@ -111,18 +111,23 @@ def test_the_queue_is_bounded_by_requests_and_says_when_to_come_back() -> None:
 
 def test_the_queue_is_bounded_by_tokens_but_an_idle_server_takes_any_request() -> None:
     admission = Admission(Settings("m", rows=4, max_queue=100, max_reserved_tokens=100))
-    first = admission.take(8, 900)
-    with pytest.raises(ApiError) as caught:
-        admission.take(1, 1)
+    first = admission.take(8)
+    first.add(900)
+    with admission.take(1) as late, pytest.raises(ApiError) as caught:
+        late.add(1)
     assert caught.value.status == 429 and 1 <= int(caught.value.headers["Retry-After"]) <= 30
     first.release()
     first.release()
     assert (admission.sequences, admission.tokens) == (0, 0)
-    kept = [admission.take(1, 50), admission.take(1, 50)]
-    with pytest.raises(ApiError):
-        admission.take(1, 1)
+    kept = [admission.take(1), admission.take(1)]
+    for one in kept:
+        one.add(50)
+    with admission.take(1) as late, pytest.raises(ApiError):
+        late.add(1)
     kept[0].release()
-    admission.take(1, 50)
+    with admission.take(1) as room:
+        room.add(50)
+    assert (admission.sequences, admission.tokens) == (1, 50)
 
 
 def test_the_time_limit_is_a_504_and_in_a_stream_a_finish_reason() -> None:

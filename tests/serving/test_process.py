@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +21,7 @@ import pytest
 from dsv3_jax.errors import run_main
 from dsv3_jax.serving import __main__ as command
 from dsv3_jax.serving.server import listen
+from tests.inference import tiny
 from tests.serving import corpus, fake
 from tests.serving.inside import events
 
@@ -96,6 +99,35 @@ def test_a_port_in_use_is_exit_2_before_anything_is_loaded(capsys: pytest.Captur
         with pytest.raises(SystemExit) as ended:
             run_main(lambda: bool(listen("127.0.0.1", taken.getsockname()[1])))
     assert ended.value.code == 2 and "in use" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_loaded_are_exit_65_and_one_line() -> None:
+    command = [sys.executable, "-m", "tests.serving.fake", "--broken", "1"]
+    ended = subprocess.run(command, cwd=fake.REPO, capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stdout) == (65, "")
+    assert ended.stderr == "error: the checkpoint is damaged\n"
+
+
+def test_flags_reach_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The key from the environment unless a flag gives one; the model's name from its folder."""
+    given: dict[str, Any] = {}
+
+    def serve(model: Any, settings: Any, make_engine: Any, **more: Any) -> int:
+        given.update(more, settings=settings)
+        return 0
+
+    monkeypatch.setattr("dsv3_jax.serving.command.serve", serve)
+    folder = tiny.save(tmp_path)
+    monkeypatch.setenv("DSV3_API_KEY", "from-environment")
+    flags = ["--checkpoint", str(folder), "--port", "0", "--context", "100", "--max-queue", "7"]
+    monkeypatch.setattr(sys, "argv", ["serving", *flags])
+    assert command.main() == 0
+    assert given["settings"].api_key == "from-environment" and given["settings"].model_id == "checkpoint"
+    assert (given["context"], given["port"], given["settings"].max_queue) == (100, 0, 7)
+    assert given["settings"].request_timeout == 30.0 and given["host"] == "127.0.0.1"
+    monkeypatch.setattr(sys, "argv", ["serving", *flags, "--api-key", "from-flag", "--model-id", "m/x"])
+    assert command.main() == 0
+    assert given["settings"].api_key == "from-flag" and given["settings"].model_id == "m/x"
 
 
 @pytest.mark.parametrize(
