@@ -76,6 +76,8 @@ class Flags:
     """Tokens of a page of the cache."""
     pages: int | None = None
     """Pages of the cache; by default what the rows can need, as far as memory allows."""
+    speculative: int = 0
+    """Tokens that the multi-token module drafts at a time; 0: none. The text is the same, sooner."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
     kernels: str = "auto"
@@ -123,6 +125,7 @@ def main() -> int:
         flags.page_size,
         flags.pages,
         parse_kernels(flags.kernels),
+        flags.speculative,
     )
     if flags.input is not None and flags.output is not None:
         return run_file(job, flags.input, flags.output)

@@ -22,7 +22,7 @@ from dsv3_jax.inference.options import Sampling, check, check_ids
 from dsv3_jax.inference.partial import PartialFile, prompt_hash
 from dsv3_jax.inference.progress import Progress, summary
 from dsv3_jax.inference.requests import Request, Result
-from dsv3_jax.inference.settings import EngineOptions, context_of
+from dsv3_jax.inference.settings import MOST_DRAFTS, EngineOptions, context_of
 from dsv3_jax.inference.stats import Stats
 from dsv3_jax.text import StopChecker, StreamDecoder, Tokenizer
 
@@ -42,6 +42,7 @@ class Job:
     page_size: int = EngineOptions.page_size
     pages: int | None = None
     kernels: Kernels = AUTO_KERNELS
+    speculative: int = 0
 
     def __post_init__(self) -> None:
         check(self.sampling, ConfigError, "--", dash=True)
@@ -50,10 +51,12 @@ class Job:
                 raise ConfigError(f"--{flag} is {value}; expected 1 to 4096")
         if self.pages is not None and self.pages < 2:
             raise ConfigError(f"--pages is {self.pages}; expected 2 or more")
+        if not 0 <= self.speculative <= MOST_DRAFTS:
+            raise ConfigError(f"--speculative is {self.speculative}; expected 0 to {MOST_DRAFTS}")
 
     def open(self) -> OpenedModel:
         """The model, without its weights; notes go to stderr."""
-        model = open_model(self.checkpoint, self.dtype)
+        model = open_model(self.checkpoint, self.dtype, multi_token=self.speculative > 0)
         for note in model.notes:
             print(f"note: {note}", file=sys.stderr)
         check_top(self.sampling, model.cfg.vocab_size, ConfigError, dash=True)
@@ -75,6 +78,7 @@ class Job:
             steps_per_call=steps_per_call or EngineOptions.steps_per_call,
             max_logprobs=max(counts, default=None),
             kernels=self.kernels,
+            speculative=self.speculative,
         )
         weights = model.load()
         return Engine(
@@ -234,6 +238,7 @@ def _fingerprint(job: Job, model: OpenedModel, source: Path) -> dict[str, Any]:
             "stop_token_ids": list(job.sampling.stop_token_ids),
             "logit_bias": [list(pair) for pair in job.sampling.logit_bias],
             "batch_size": job.batch_size,
+            "speculative": job.speculative,
             "page_size": job.page_size,
             "dtype": model.cfg.dtype,
             "kernels": dataclasses.asdict(job.kernels),

@@ -13,6 +13,7 @@ from dsv3_jax.inference.pages import NULL_PAGE
 from dsv3_jax.inference.sampling import TokenLogprobs
 from dsv3_jax.inference.scheduler import Plan, Sequence, Tile
 from dsv3_jax.inference.settings import EngineOptions
+from dsv3_jax.inference.speculative import rounds
 from dsv3_jax.inference.table import RowTable
 
 
@@ -33,10 +34,11 @@ class PromptsFound:
 
 @struct.dataclass
 class RowsFound:
-    """Reasons [B] and tokens of a decode call."""
+    """Reasons [B] and tokens of a decode call; and the drafts that were checked and kept, None without drafting."""
 
     reason_B: Any
     produced: steps.Produced
+    kept_2: Any = None
 
 
 def starting(tiles: list[Tile]) -> list[Sequence]:
@@ -76,7 +78,7 @@ def prefill(
     """
     shape = (options.prefill_tiles, options.tile)
     tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    positions_BT = np.full(shape, -1, np.int32)
+    positions_BT, known_BT = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
     tables_BM = np.full((shape[0], device.table_width), NULL_PAGE, np.int32)
     last_B, rows_B = np.zeros(shape[0], np.int32), np.full(shape[0], options.rows, np.int32)
     height = options.rows // shards
@@ -87,9 +89,13 @@ def prefill(
         tables_BM[at] = table.tables_BM[tile.sequence.row]
         following = prompt[tile.start + 1 : tile.stop + 1]
         targets_BT[at, : len(following)] = following
+        known_BT[at, : len(following)] = positions_BT[at, : len(following)]
         if tile.stop == len(prompt):
             last_B[at], rows_B[at] = count - 1, tile.sequence.row % height
-    hidden_BTD, hidden_BD, finite_B = device.prefill(tokens_BT, positions_BT, tables_BM, last_B, rows_B)
+    ahead = (targets_BT, known_BT) if options.speculative else ()
+    hidden_BTD, hidden_BD, finite_B = device.prefill(
+        tokens_BT, positions_BT, tables_BM, last_B, rows_B, *ahead
+    )
     scored = device.score(hidden_BTD, targets_BT) if score else None
     first = None
     if begin := starting(tiles):
@@ -102,9 +108,20 @@ def prefill(
 
 
 def decode(
-    device: Device, options: EngineOptions, table: RowTable, plan: Plan, *, wanted: bool, until_one_ends: bool
+    device: Device,
+    options: EngineOptions,
+    table: RowTable,
+    plan: Plan,
+    *,
+    wanted: bool,
+    until_one_ends: bool,
+    drafting: list[Sequence] | None = None,
 ) -> RowsFound:
-    """The rows of a plan, each from its first token that is not in the pages."""
+    """The rows of a plan, each from its first token that is not in the pages.
+
+    Args:
+      drafting: sequences that are decoded with drafts; None for a call without any.
+    """
     state = _state(options.rows, plan.decode)
     known_TB = np.full((options.steps_per_call, options.rows), steps.NO_TOKEN, np.int32)
     for sequence in plan.decode:
@@ -115,6 +132,23 @@ def decode(
         if written + 1 < sequence.length:
             known = sequence.known(written + 1, written + 1 + options.steps_per_call)
             known_TB[: len(known), row] = known
+    if drafting is not None:
+        drafting_B, room_B = np.zeros(options.rows, bool), np.zeros(options.rows, np.int32)
+        drafting_B[[sequence.row for sequence in drafting]] = True
+        for sequence in plan.decode:
+            room_B[sequence.row] = len(sequence.pages) * options.page_size
+        more = device.speculate(
+            state,
+            table.tables(),
+            known_TB,
+            drafting_B,
+            room_B,
+            table.choosing(),
+            wanted=wanted,
+            limit=rounds(plan.steps, options.speculative),
+            until_one_ends=until_one_ends,
+        )
+        return RowsFound(*more)
     found = device.decode(
         state,
         table.tables(),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference import steps
+from dsv3_jax.inference import speculative, steps
 from dsv3_jax.inference.adjustments import begin_count
 from dsv3_jax.inference.placement import HERE, Placement
 from dsv3_jax.inference.programs import Programs
@@ -114,6 +114,15 @@ class Device:
         )
         specs = ((cut, cut_weights, cut, cut, second, chosen, *[HERE] * 4), (cut, cut, second))
         build("decode", steps.decode, (cfg, sizes), more, specs, (0,))
+        if options.speculative:
+            ahead = (self._memory, weights, x_BTD, tokens_BT, tokens_BT, tables_BM, *end[3:])
+            build(
+                "ahead", steps.prompt_ahead, (cfg, sizes), ahead, ((cut, cut_weights, *[cut] * 6), cut), (0,)
+            )
+            drafting = (*more[:5], _shape((rows,), bool), _shape((rows,)), *more[5:])
+            static = (cfg, sizes, options.speculative)
+            specs = ((*specs[0][:5], cut, cut, *specs[0][5:]), (*specs[1], HERE))
+            build("speculate", speculative.speculate, static, drafting, specs, (0,))
         if sizes.logprobs is not None:
             scored = (weights.top, x_BTD, tokens_BT)
             static = (cfg, sizes.logprobs, steps.SCORE_FLOATS)
@@ -131,8 +140,13 @@ class Device:
         tables_BM: np.ndarray,
         last_B: np.ndarray,
         rows_B: np.ndarray,
+        next_BT: np.ndarray | None = None,
+        known_BT: np.ndarray | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tiles of prompts through all layers; see `steps.prompt_layer` and `steps.prompt_end`."""
+        """Tiles of prompts through all layers; see `steps.prompt_layer` and `steps.prompt_end`.
+
+        Args: next_BT, known_BT: the token after each, and its own position where that is known (`prompt_ahead`).
+        """
         programs, weights = self._compiled, self._weights
         positions, tables = self._place.send((positions_BT, tables_BM), self._place.cut)
         x_BTD = programs["embed"](weights.top, tokens_BT)
@@ -140,7 +154,12 @@ class Device:
             x_BTD, self._memory = programs[kind](
                 x_BTD, self._memory, variables, positions, tables, self._layers[at]
             )
-        return programs["end"](weights.top, x_BTD, positions, last_B, rows_B)
+        found = programs["end"](weights.top, x_BTD, positions, last_B, rows_B)
+        if self._options.speculative:
+            self._memory = programs["ahead"](
+                self._memory, weights, found[0], next_BT, known_BT, tables, last_B, rows_B
+            )
+        return found
 
     def score(self, hidden_BTD: jax.Array, targets_BT: np.ndarray) -> tuple[TokenLogprobs, jax.Array]:
         """Log-probabilities of the tokens that follow; see `steps.score`."""
@@ -186,6 +205,36 @@ class Device:
         )
         return reason_B, produced
 
+    def speculate(
+        self,
+        state: steps.State,
+        tables_BM: jax.Array,
+        known_TB: np.ndarray,
+        drafting_B: np.ndarray,
+        room_B: np.ndarray,
+        choosing: Choosing,
+        *,
+        wanted: bool,
+        limit: int,
+        until_one_ends: bool,
+    ) -> tuple[jax.Array, steps.Produced, jax.Array]:
+        """The same with drafts, `limit` rounds; see `speculative.speculate`."""
+        self._memory, reason_B, produced, kept_2 = self._compiled["speculate"](
+            self._memory,
+            self._weights,
+            state,
+            tables_BM,
+            known_TB,
+            drafting_B,
+            room_B,
+            choosing,
+            self._eos_ids,
+            np.bool_(wanted),
+            np.int32(limit),
+            np.bool_(until_one_ends),
+        )
+        return reason_B, produced, kept_2
+
     def expert_counts(self) -> np.ndarray | None:
         """int32 [expert layers, experts]: tokens sent to each expert since the start, modulo 2**32."""
         if self._memory.counts_LE is None:
@@ -202,8 +251,13 @@ def _shape(shape: tuple[int, ...], dtype: Any = "int32") -> jax.ShapeDtypeStruct
 def make_memory(cfg: ModelConfig, options: EngineOptions, shards: int = 1) -> steps.Memory:
     """Empty pages, and what else stays on the device between calls; of all devices, each one's part in one piece."""
     assert options.pages is not None
-    latent, index = make_pages(cfg, options.pages, options.page_size, dtype=options.cache_dtype)
+    layers = options.layers(cfg)
+    latent, index = make_pages(
+        cfg, options.pages, options.page_size, layers=layers, dtype=options.cache_dtype
+    )
     counts = None
     if cfg.num_moe_layers:
         counts = jnp.zeros((shards * cfg.num_moe_layers, cfg.n_routed_experts), jnp.int32)
-    return steps.Memory(latent, index, counts, jnp.zeros((options.rows, cfg.vocab_size), jnp.int32))
+    hidden = jnp.zeros((options.rows, cfg.hidden_size), cfg.dtype) if options.speculative else None
+    produced = jnp.zeros((options.rows, cfg.vocab_size), jnp.int32)
+    return steps.Memory(latent, index, counts, produced, hidden)

@@ -28,6 +28,7 @@ from dsv3_jax.inference import calls, run, steps
 from dsv3_jax.inference.adjustments import needs_counts
 from dsv3_jax.inference.device import Device
 from dsv3_jax.inference.options import check_ids
+from dsv3_jax.inference.pace import Pace
 from dsv3_jax.inference.pages import PagePool
 from dsv3_jax.inference.placement import Placement
 from dsv3_jax.inference.requests import Entry, Request, Result, Update, check_prompt, entry
@@ -80,7 +81,7 @@ class Engine:
           mesh: devices; rows, tiles and pages of the options are cut over all of them, experts over its axis
             "expert".
         Raises:
-          ConfigError: no memory for the cache, or sizes that do not divide by the devices.
+          ConfigError: no memory for the cache, sizes that do not divide by the devices, or nothing that could draft.
         """
         self.cfg = cfg
         self._place = place = Placement(mesh)
@@ -112,6 +113,7 @@ class Engine:
         ]
         self.scheduler = schedulers[0] if place.shards == 1 else Shards(schedulers)
         self._table = RowTable(options.rows, self._device.table_width, cfg.vocab_size, place)
+        self._pace = Pace() if options.speculative else None
         self._records: dict[int, _Record] = {}
         self._ready: list[Update] = []
         self._tickets = 0
@@ -139,6 +141,8 @@ class Engine:
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
         stats.pages_used, stats.pages_cached = scheduler.pool.used, scheduler.pool.cached
         stats.prefix_hit_tokens, stats.preemptions = scheduler.prefix_hit_tokens, scheduler.preemptions
+        if self._pace is not None:
+            stats.drafting_calls, stats.drafting_pays = self._pace.drafting, self._pace.pays
         stats.programs, stats.compile_seconds = self._device.programs.count, self._device.programs.seconds
         return stats
 
@@ -250,6 +254,8 @@ class Engine:
                 )
                 jax.block_until_ready(prompts)
         with self._stats.timed("decode"):
+            drafting = self._drafting(plan)
+            started = time.perf_counter()
             if plan.decode:
                 rows = calls.decode(
                     self._device,
@@ -258,14 +264,37 @@ class Engine:
                     plan,
                     wanted=self._wants_logprobs(plan.decode),
                     until_one_ends=bool(self.scheduler.waiting),
+                    drafting=drafting,
                 )
                 self._stats.decode_calls += 1
             prompts, rows = jax.device_get((prompts, rows))
+        if rows is not None and self._pace is not None:
+            self._keep_pace(plan, rows, drafting is not None, time.perf_counter() - started)
         if prompts is not None:
             yield from self._after_prompts(plan.tiles, prompts)
         if rows is not None:
             for sequence in plan.decode:
                 yield from self._after_decode(sequence, rows.reason_B, rows.produced)
+
+    def _drafting(self, plan: Plan) -> list[Sequence] | None:
+        """The sequences that the next decode call drafts for, or None when it should not draft."""
+        if self._pace is None:
+            return None
+        # What a guide allows after a draft is not known on the device.
+        free = [s for s in plan.decode if self._records[s.ticket].request.guide is None]
+        return free if free and self._pace.drafts_next() else None
+
+    def _keep_pace(self, plan: Plan, rows: calls.RowsFound, drafted: bool, seconds: float) -> None:
+        assert self._pace is not None
+        gave_TB = np.asarray(rows.produced.token_TB) != steps.NO_TOKEN
+        width = self.options.speculative + 1 if drafted else 1
+        gave_nTB = gave_TB[: len(gave_TB) // width * width].reshape(-1, width, gave_TB.shape[1])
+        live_nB = gave_nTB.any(axis=1)
+        turns = int(live_nB.any(axis=1).sum())
+        self._pace.took(drafted, seconds, turns, gave_nTB.sum() / max(int(live_nB.sum()), 1))
+        if rows.kept_2 is not None:
+            self._stats.drafted += int(rows.kept_2[0])
+            self._stats.accepted += int(rows.kept_2[1])
 
     def _wants_logprobs(self, sequences: list[Sequence]) -> bool:
         return any(self._records[s.ticket].request.sampling.logprobs is not None for s in sequences)
@@ -307,7 +336,8 @@ class Engine:
         """Take the new tokens of a row."""
         record, row = self._records[sequence.ticket], sequence.row
         column = np.asarray(produced.token_TB)[:, row]
-        given = column[column != steps.NO_TOKEN].tolist()
+        times = np.flatnonzero(column != steps.NO_TOKEN).tolist()
+        given = column[times].tolist()
         first = not sequence.new
         # The tokens of a row that lost its pages are known already, and were reported.
         again = 0 if first else sequence.length - 1 - sequence.written
@@ -317,9 +347,9 @@ class Engine:
         self._stats.decode_tokens += len(new)
         count, logprobs = record.request.sampling.logprobs, None
         if count is not None and produced.logprobs is not None:
-            times = range(again, again + len(new))
             logprobs = [
-                entry(token, produced.logprobs, (t, row), count) for t, token in zip(times, new, strict=True)
+                entry(token, produced.logprobs, (t, row), count)
+                for t, token in zip(times[again:], new, strict=True)
             ]
         if first:
             self._stats.first_token_seconds.append(time.perf_counter() - record.admitted)

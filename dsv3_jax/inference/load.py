@@ -12,7 +12,7 @@ import jax
 
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.errors import DataError
+from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.inference.weights import Weights, unstack_layers
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.quantization.choose import choose_formats
@@ -25,7 +25,7 @@ class OpenedModel:
     """What a decoding job needs to know before it loads any weights.
 
     Attributes:
-      cfg: the main model (the multi-token module is not used here), `dtype` the compute type.
+      cfg: the main model, without the multi-token module unless asked for; `dtype` the compute type.
       tokenizer: the folder's, or the byte tokenizer where it has none.
       eos_ids: from generation_config.json, else config.json, else the tokenizer.
       vocab_limit: ids from here on are never chosen; None without a tokenizer.json.
@@ -43,12 +43,25 @@ class OpenedModel:
     notes: list[str]
 
 
+_WITHOUT_MODULE: Any = {
+    "num_nextn_predict_layers": 0,
+    "mtp_own_embedding": False,
+    "mtp_own_head": False,
+}
+
+
 def default_dtype() -> str:
     """float32 on the CPU, bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def open_model(folder: str | Path, dtype: str | None = None, quantize: str | None = None) -> OpenedModel:
+def open_model(
+    folder: str | Path,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    *,
+    multi_token: bool = False,
+) -> OpenedModel:
     """Open a native checkpoint, a run folder (its newest step) or a Hugging Face folder.
 
     Weights that are stored quantised stay so in memory.
@@ -57,6 +70,7 @@ def open_model(folder: str | Path, dtype: str | None = None, quantize: str | Non
       dtype: compute type; by default `default_dtype()`.
       quantize: format, such as "int8" or "int4:64", that attention and feed-forward weights are rounded to when they
         are loaded.
+      multi_token: with the multi-token module, for speculative decoding.
     Raises:
       ConfigError: no checkpoint, or one of another architecture, or an unknown format.
       DataError: a checkpoint that is not whole, or a tokenizer that cannot be read.
@@ -65,10 +79,12 @@ def open_model(folder: str | Path, dtype: str | None = None, quantize: str | Non
     cfg = dataclasses.replace(
         source.cfg,
         dtype=dtype or default_dtype(),
-        num_nextn_predict_layers=0,
-        mtp_own_embedding=False,
-        mtp_own_head=False,
+        **({} if multi_token else _WITHOUT_MODULE),
     )
+    if multi_token and not cfg.num_nextn_predict_layers:
+        raise ConfigError(
+            f"{folder}: the checkpoint has no multi-token module, which --speculative drafts with"
+        )
     tokenizer = None if source.tokenizer_dir is None else Tokenizer.load(source.tokenizer_dir)
     notes, formats = list(source.notes), source.formats
     if quantize is not None:

@@ -81,8 +81,11 @@ class Placement:
                 return HERE
             return compute_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, mesh)
 
-        layers = [jax.tree_util.tree_map_with_path(spec, layer) for layer in weights.layers]
-        return Weights(jax.tree_util.tree_map_with_path(spec, weights.top), layers)
+        return Weights(
+            jax.tree_util.tree_map_with_path(spec, weights.top),
+            [jax.tree_util.tree_map_with_path(spec, layer) for layer in weights.layers],
+            jax.tree_util.tree_map_with_path(spec, weights.mtp),
+        )
 
     def send_weights(self, weights: Weights) -> Weights:
         """Weights where they are used; as they are on one device."""

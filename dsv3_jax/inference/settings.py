@@ -15,6 +15,9 @@ from dsv3_jax.inference.options import MAX_LOGPROBS
 GPU_SHARE = 0.85
 """Of the memory that is free once the weights are loaded; the rest is for what programs compute in."""
 
+MOST_DRAFTS = 8
+"""Largest `EngineOptions.speculative`."""
+
 CPU_BYTES = 1 << 30
 """Pages take no more of a CPU's memory, nor more than a quarter of it."""
 
@@ -47,6 +50,8 @@ class EngineOptions:
     in every layer there)."""
     kernels: Kernels = AUTO_KERNELS
     """Which implementation computes each kernel."""
+    speculative: int = 0
+    """Tokens that the multi-token module drafts at a time, checked together; 0: none. The text is the same."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -58,17 +63,22 @@ class EngineOptions:
             ("tile", 1, 65536),
             ("steps_per_call", 1, 1024),
             ("max_logprobs", 0, MAX_LOGPROBS),
+            ("speculative", 0, MOST_DRAFTS),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name.replace('_', '-')} is {value}; expected {low} to {high}")
+
+    def layers(self, cfg: ModelConfig) -> int:
+        """Layers that the pages are for: the main model's, and the multi-token module's if it drafts."""
+        return cfg.num_hidden_layers + (1 if self.speculative else 0)
 
 
 def resolve(options: EngineOptions, cfg: ModelConfig, shards: int = 1) -> EngineOptions:
     """`options` with every default filled in for this model and the memory that is free now.
 
     Args: shards: devices that rows, tiles and pages are cut over.
-    Raises ConfigError when not even one page fits, or when something does not divide by the devices.
+    Raises ConfigError when not even one page fits, when something does not divide by the devices, or nothing can draft.
     """
     for name in ("rows", "prefill_tiles"):
         value = getattr(options, name)
@@ -76,13 +86,18 @@ def resolve(options: EngineOptions, cfg: ModelConfig, shards: int = 1) -> Engine
             raise ConfigError(
                 f"{name.replace('_', '-')} is {value}; expected a multiple of {shards}, the devices"
             )
+    if options.speculative and not cfg.num_nextn_predict_layers:
+        raise ConfigError(
+            f"speculative is {options.speculative}, and the model has no multi-token module that could draft "
+            "(num_nextn_predict_layers is 0)"
+        )
     context = min(options.context or cfg.max_position_embeddings, cfg.max_position_embeddings)
     dtype = options.cache_dtype or ("float32" if jax.default_backend() == "cpu" else cfg.dtype)
     pages = options.pages
     if pages is None:
         wanted = options.rows // shards * pages_of(context, options.page_size) + 1  # of a device
-        page_bytes = token_bytes(cfg, dtype) * options.page_size
-        pages = min(wanted, free_bytes() // page_bytes, (2**31 - 1) // cfg.num_hidden_layers)
+        page_bytes = token_bytes(cfg, dtype, options.layers(cfg)) * options.page_size
+        pages = min(wanted, free_bytes() // page_bytes, (2**31 - 1) // options.layers(cfg))
         if pages < 2:
             raise ConfigError(
                 f"no memory for the cache: a page of {options.page_size} tokens takes {page_bytes:,} bytes and "
@@ -104,10 +119,10 @@ def pages_of(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
-def token_bytes(cfg: ModelConfig, dtype: str) -> int:
-    """Bytes of the cache for a token, all layers."""
+def token_bytes(cfg: ModelConfig, dtype: str, layers: int | None = None) -> int:
+    """Bytes of the cache for a token in so many layers, by default those of the main model."""
     columns = cfg.kv_lora_rank + cfg.qk_rope_head_dim + (cfg.index_head_dim if cfg.has_indexer else 0)
-    return int(cfg.num_hidden_layers * columns * jnp.dtype(dtype).itemsize)
+    return int((layers or cfg.num_hidden_layers) * columns * jnp.dtype(dtype).itemsize)
 
 
 def free_bytes() -> int:

@@ -19,7 +19,9 @@ class Stats:
       pages_used, pages_cached, pages_total: pages with an owner, pages kept for their content alone, and all.
       prefix_hit_tokens: prompt tokens that the prefix cache saved.
       preemptions: how often a request gave its pages up.
-      drafted, accepted: tokens of speculative decoding.
+      drafted, accepted: tokens of speculative decoding that were checked, and that were right.
+      drafting_calls: decode calls with drafts.
+      drafting_pays: whether they bring tokens faster, as last measured; None while that is not known.
       first_token_seconds: from admission to the first token, of the latest requests.
     """
 
@@ -39,6 +41,8 @@ class Stats:
     preemptions: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafting_calls: int = 0
+    drafting_pays: bool | None = None
     first_token_seconds: collections.deque[float] = dataclasses.field(
         default_factory=lambda: collections.deque(maxlen=4096)
     )

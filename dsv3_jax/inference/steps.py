@@ -16,6 +16,7 @@ from flax import struct
 
 from dsv3_jax.config import AUTO_KERNELS, Kernels, ModelConfig
 from dsv3_jax.inference.adjustments import counted
+from dsv3_jax.inference.ahead import look_ahead
 from dsv3_jax.inference.sampling import Choosing, TokenLogprobs, choose, ends_row, token_logprobs
 from dsv3_jax.inference.weights import Weights, kinds
 from dsv3_jax.model import PagedCache, Transformer
@@ -44,12 +45,14 @@ class Memory:
       latent_NPJ, index_NPZ: the pages of all layers (`PagedCache`).
       counts_LE: int32 tokens sent to each expert of each expert layer, modulo 2**32; None without experts.
       count_BV: int32, how often each row has produced each id; read for rows with penalties.
+      hidden_BD: the main model's last hidden state of each row; None without a multi-token module (`ahead`).
     """
 
     latent_NPJ: Array
     index_NPZ: Array | None
     counts_LE: Array | None
     count_BV: Array
+    hidden_BD: Array | None = None
 
 
 @struct.dataclass
@@ -159,6 +162,31 @@ def prompt_end(
     return hidden_BTD, empty.at[rows_B].set(last_BD, mode="drop"), jnp.all(finite_BT, axis=1)
 
 
+def prompt_ahead(
+    cfg: ModelConfig,
+    sizes: Sizes,
+    memory: Memory,
+    weights: Weights,
+    hidden_BTD: Array,
+    next_BT: Array,
+    positions_BT: Array,
+    tables_BM: Array,
+    last_B: Array,
+    rows_B: Array,
+) -> Memory:
+    """The multi-token module's entries of tiles, and the last hidden state of each prompt that ends.
+
+    Args:
+      memory: donated.
+      hidden_BTD, last_B, rows_B: of and for `prompt_end`.
+      next_BT, positions_BT: the token after each, and where that is known; negative elsewhere.
+    """
+    _, memory = look_ahead(cfg, sizes, memory, weights, hidden_BTD, next_BT, positions_BT, tables_BM)
+    last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    assert memory.hidden_BD is not None
+    return dataclasses.replace(memory, hidden_BD=memory.hidden_BD.at[rows_B].set(last_BD, mode="drop"))
+
+
 def score(
     cfg: ModelConfig, count: int, floats: int, top: Variables, hidden_BTD: Array, targets_BT: Array
 ) -> tuple[TokenLogprobs, Array]:
@@ -179,7 +207,7 @@ def score(
     def one(i: Array) -> tuple[TokenLogprobs, Array]:
         hidden_BtD = jax.lax.dynamic_slice_in_dim(hidden_BTD, i * chunk, chunk, axis=1)
         targets_Bt = jax.lax.dynamic_slice_in_dim(targets_BT, i * chunk, chunk, axis=1)
-        logits_BtV = _logits(cfg, top, hidden_BtD)
+        logits_BtV = head(cfg, top, hidden_BtD)
         return token_logprobs(logits_BtV, targets_Bt, count), jnp.all(jnp.isfinite(logits_BtV), axis=-1)
 
     found = jax.lax.map(one, jnp.arange(chunks))
@@ -205,9 +233,8 @@ def first(
     Returns memory (donated), the reasons [B] and the tokens.
     """
     no_B = jnp.full(state.token_B.shape, NO_TOKEN, jnp.int32)
-    memory, state, produced = _advance(
-        cfg, sizes, top, memory, state, hidden_BD, no_B, choosing, eos_ids, wanted
-    )
+    logits_BV = head(cfg, top, hidden_BD[:, None])[:, 0]
+    memory, state, produced = advance(cfg, sizes, memory, state, logits_BV, no_B, choosing, eos_ids, wanted)
     return memory, state.reason_B, jax.tree.map(lambda x: x[None], produced)
 
 
@@ -236,14 +263,8 @@ def decode(
     Returns:
       memory, the reasons [B] and the tokens.
     """
-    B, layers = state.token_B.shape[0], list(zip(kinds(cfg), weights.layers, strict=True))
-
-    def live_rows(state: State) -> Array:
-        """Of all devices: each must run as many steps, for the experts of the others."""
-        here = jnp.sum(state.reason_B == LIVE)
-        return jax.lax.psum(here, sizes.axes) if sizes.axes else here
-
-    live_before = live_rows(state)
+    B = state.token_B.shape[0]
+    live_before = live_rows(sizes, state)
 
     def step(carry: tuple[Array, Memory, State, Produced]) -> tuple[Array, Memory, State, Produced]:
         i, memory, state, produced = carry
@@ -251,47 +272,58 @@ def decode(
         # Rows that ended all read the same token, so that they touch the same few experts.
         tokens_B1 = jnp.where(live_B, state.token_B, 0)[:, None]
         positions_B1 = jnp.where(live_B, state.position_B, -1)[:, None]
-        x_BTD, ctx = embed(cfg, weights.top, tokens_B1), _context(cfg, positions_B1)
-        for layer, (kind, variables) in enumerate(layers):
-            at = jnp.int32(layer)
-            x_BTD, memory = _layer(cfg, kind, sizes, x_BTD, memory, variables, ctx, tables_BM, at)
-        hidden_BD = _final_norm(cfg, weights.top, x_BTD)[:, 0]
+        if memory.hidden_BD is not None:  # so that drafting can set in at any time
+            before_B1 = jnp.where(live_B, state.position_B - 1, -1)[:, None]
+            _, memory = look_ahead(
+                cfg, sizes, memory, weights, memory.hidden_BD[:, None], tokens_B1, before_B1, tables_BM
+            )
+        hidden_BTD, memory = forward(cfg, sizes, memory, weights, tokens_B1, positions_B1, tables_BM)
+        if memory.hidden_BD is not None:
+            hidden_BD = jnp.where(live_B[:, None], hidden_BTD[:, 0], memory.hidden_BD)
+            memory = dataclasses.replace(memory, hidden_BD=hidden_BD)
         known_B = jax.lax.dynamic_index_in_dim(known_TB, i, keepdims=False)
-        memory, state, new = _advance(
-            cfg, sizes, weights.top, memory, state, hidden_BD, known_B, choosing, eos_ids, wanted
-        )
+        logits_BV = head(cfg, weights.top, hidden_BTD)[:, 0]
+        memory, state, new = advance(cfg, sizes, memory, state, logits_BV, known_B, choosing, eos_ids, wanted)
         produced = jax.tree.map(lambda all_, one: all_.at[i].set(one), produced, new)
         return i + 1, memory, state, produced
 
     def go_on(carry: tuple[Array, Memory, State, Produced]) -> Array:
         i, _, state, _ = carry
-        live = live_rows(state)
+        live = live_rows(sizes, state)
         return (i < limit) & (live > 0) & ~(until_one_ends & (live < live_before))
 
-    logprobs = None
-    if sizes.logprobs is not None:
-        wide = (sizes.steps, B, sizes.logprobs)
-        logprobs = TokenLogprobs(jnp.zeros((sizes.steps, B)), jnp.zeros(wide, jnp.int32), jnp.zeros(wide))
-    empty = Produced(jnp.full((sizes.steps, B), NO_TOKEN, jnp.int32), logprobs)
-    start = (jnp.zeros((), jnp.int32), memory, state, empty)
+    start = (jnp.zeros((), jnp.int32), memory, state, no_tokens(sizes, sizes.steps, B))
     _, memory, state, produced = jax.lax.while_loop(go_on, step, start)
     return memory, state.reason_B, produced
 
 
-def _advance(
+def live_rows(sizes: Sizes, state: State) -> Array:
+    """Of all devices: each must run as many steps, for the experts of the others."""
+    here = jnp.sum(state.reason_B == LIVE)
+    return jax.lax.psum(here, sizes.axes) if sizes.axes else here
+
+
+def no_tokens(sizes: Sizes, length: int, B: int) -> Produced:
+    """An empty `Produced` of [length, B]."""
+    logprobs = None
+    if sizes.logprobs is not None:
+        wide = (length, B, sizes.logprobs)
+        logprobs = TokenLogprobs(jnp.zeros((length, B)), jnp.zeros(wide, jnp.int32), jnp.zeros(wide))
+    return Produced(jnp.full((length, B), NO_TOKEN, jnp.int32), logprobs)
+
+
+def advance(
     cfg: ModelConfig,
     sizes: Sizes,
-    top: Variables,
     memory: Memory,
     state: State,
-    hidden_BD: Array,
+    logits_BV: Array,
     known_B: Array,
     choosing: Choosing,
     eos_ids: Array,
     wanted: Array,
 ) -> tuple[Memory, State, Produced]:
-    """Choose the next token of every live row from the hidden state of its last one, unless it is known."""
-    logits_BV = _logits(cfg, top, hidden_BD[:, None])[:, 0]
+    """Choose the next token of every live row from the logits at its last one, unless it is known."""
     position_B = state.position_B + 1
     known = known_B != NO_TOKEN
     chosen_B = choose(logits_BV, choosing, memory.count_BV, position_B, sizes.vocab_limit, eos_ids)
@@ -329,6 +361,23 @@ def _logprobs(count: int | None, logits_BV: Array, tokens_B: Array, wanted: Arra
 # --- the model ------------------------------------------------------------------------------------------------
 
 
+def forward(
+    cfg: ModelConfig,
+    sizes: Sizes,
+    memory: Memory,
+    weights: Weights,
+    tokens_BT: Array,
+    positions_BT: Array,
+    tables_BM: Array,
+) -> tuple[Array, Memory]:
+    """Hidden states [B, T, D] after the final norm of new tokens over the pages; positions negative for padding."""
+    x_BTD, ctx = embed(cfg, weights.top, tokens_BT), _context(cfg, positions_BT)
+    for layer, (kind, variables) in enumerate(zip(kinds(cfg), weights.layers, strict=True)):
+        at = jnp.int32(layer)
+        x_BTD, memory = _layer(cfg, kind, sizes, x_BTD, memory, variables, ctx, tables_BM, at)
+    return _final_norm(cfg, weights.top, x_BTD), memory
+
+
 def _layer(
     cfg: ModelConfig,
     kind: str,
@@ -360,7 +409,8 @@ def _final_norm(cfg: ModelConfig, top: Variables, x_BTD: Array) -> Array:
     return rms_norm(x_BTD, top["params"]["final_norm_D"], cfg.rms_norm_eps)
 
 
-def _logits(cfg: ModelConfig, top: Variables, hidden: Array) -> Array:
+def head(cfg: ModelConfig, top: Variables, hidden: Array) -> Array:
+    """float32 logits [B, T, V]."""
     logits = Transformer(cfg).apply(top, hidden, method="logits")
     # What is asked of the logits later (log-probabilities or not) must not change how they are computed.
     return jax.lax.optimization_barrier(logits)

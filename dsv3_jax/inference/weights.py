@@ -26,10 +26,12 @@ class Weights(NamedTuple):
     Attributes:
       top: {"params": embedding, final norm, head}.
       layers: {"params", "router"} of each layer.
+      mtp: {"params", "router"} of the multi-token module's first depth, or None.
     """
 
     top: dict[str, Any]
     layers: list[dict[str, Any]]
+    mtp: dict[str, Any] | None = None
 
 
 def unstack_layers(cfg: ModelConfig, variables: Mapping[str, Any]) -> Weights:
@@ -45,7 +47,11 @@ def unstack_layers(cfg: ModelConfig, variables: Mapping[str, Any]) -> Weights:
                     "router": _cast(router.get(kind, {}), "float32", at),
                 }
             )
-    return Weights({"params": _cast(top, cfg.dtype)}, layers)
+    mtp = None
+    if cfg.num_nextn_predict_layers and "mtp" in params:
+        own = {"params": params["mtp"], "router": router.get("mtp", {})}
+        mtp = {"params": _cast(own["params"], cfg.dtype, 0), "router": _cast(own["router"], "float32", 0)}
+    return Weights({"params": _cast(top, cfg.dtype)}, layers, mtp)
 
 
 def kinds(cfg: ModelConfig) -> Iterator[str]:

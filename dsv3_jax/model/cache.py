@@ -59,15 +59,17 @@ def make_cache(
 
 
 def make_pages(
-    cfg: ModelConfig, pages: int, page_size: int, *, dtype: str | None = None
+    cfg: ModelConfig, pages: int, page_size: int, *, layers: int | None = None, dtype: str | None = None
 ) -> tuple[Array, Array | None]:
-    """Zeroed `latent_NPJ` and `index_NPZ` of a `PagedCache` for all layers of the main model.
+    """Zeroed `latent_NPJ` and `index_NPZ` of a `PagedCache`.
 
     Args:
       pages: of one layer.
       page_size: P, slots of a page.
+      layers: by default all layers of the main model.
       dtype: storage type, by default the compute type.
     """
-    N, kind = cfg.num_hidden_layers * pages, jnp.dtype(dtype or cfg.dtype)
+    L = cfg.num_hidden_layers if layers is None else layers
+    N, kind = L * pages, jnp.dtype(dtype or cfg.dtype)
     latent = jnp.zeros((N, page_size, cfg.kv_lora_rank + cfg.qk_rope_head_dim), kind)
     return latent, jnp.zeros((N, page_size, cfg.index_head_dim), kind) if cfg.has_indexer else None
