@@ -45,6 +45,8 @@ class Flags:
     """Tokens of a tile."""
     prefix_cache: bool = True
     """Keep prompts' pages for later prompts that begin alike."""
+    speculative: int = 0
+    """Tokens that the multi-token module drafts at a time; 0: none. The text is the same, sooner."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
     kernels: str = "auto"
@@ -119,7 +121,7 @@ def main() -> int:
         kernels=parse_kernels(flags.kernels),
     )
     content_filter = None if flags.content_filter is None else load_filter(flags.content_filter)
-    opened = open_model(flags.checkpoint, flags.dtype)
+    opened = open_model(flags.checkpoint, flags.dtype, multi_token=flags.speculative > 0)
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     template = None
