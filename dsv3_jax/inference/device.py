@@ -120,8 +120,8 @@ class Device:
                 "ahead", steps.prompt_ahead, (cfg, sizes), ahead, ((cut, cut_weights, *[cut] * 6), cut), (0,)
             )
             drafting = (*more[:5], _shape((rows,), bool), _shape((rows,)), *more[5:])
-            static = (cfg, sizes, options.speculative)
             specs = ((*specs[0][:5], cut, cut, *specs[0][5:]), (*specs[1], HERE))
+            static: Any = (cfg, sizes, options.speculative)
             build("speculate", speculative.speculate, static, drafting, specs, (0,))
         if sizes.logprobs is not None:
             scored = (weights.top, x_BTD, tokens_BT)

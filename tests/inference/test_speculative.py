@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config import MeshConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.inference import Engine, Request, Result, Sampling
 from dsv3_jax.inference.guides import Guides
 from dsv3_jax.inference.pace import FEW, Pace
 from dsv3_jax.model import Transformer, init_variables
+from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.text import Tokenizer
 from tests.inference import tiny
 
@@ -64,7 +66,7 @@ class Always(Pace):
 
 
 def drafting(
-    k: int = K, tree: dict[str, Any] | None = None, pace: Pace | None = None, **options: Any
+    k: int = K, tree: dict[str, Any] | None = None, pace: Pace | None = None, mesh: Any = None, **options: Any
 ) -> Engine:
     made = Engine(
         CFG,
@@ -72,6 +74,7 @@ def drafting(
         options=dataclasses.replace(tiny.OPTIONS, speculative=k, **options),
         eos_ids=CFG.eos_token_id,
         vocab_limit=tiny.VOCAB_LIMIT,
+        mesh=mesh,
     )
     made._pace = pace or Always()
     return made
@@ -233,6 +236,19 @@ def test_a_guided_row_and_a_streamed_one_beside_drafting_ones() -> None:
     alone = drafting()
     tiny.finish(alone, [dataclasses.replace(requests()[4], index=0)])
     assert alone.stats.drafting_calls == 0, "a call without a row that may draft is a plain one"
+
+
+def test_eight_devices_draft_the_same_texts() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, expert=4, tensor=1))
+    sizes = {"rows": 8, "prefill_tiles": 8, "context": 128}
+    requests = random_requests(random.Random(6), 16)
+    found, stats = [], []
+    for devices in (None, mesh):
+        engine = drafting(1, projecting(1.0, *SOMETIMES), mesh=devices, **sizes)
+        found.append(tiny.finish(engine, requests))
+        stats.append((engine.stats.drafted, engine.stats.accepted))
+    assert stats[0] == stats[1] and stats[0][1] > 20
+    assert_same(*found)
 
 
 def test_sampled_texts_follow_the_models_distribution() -> None:
