@@ -235,6 +235,9 @@ def test_a_forced_call_is_begun_in_the_prompt_and_parsed(deepseek: Tokenizer, na
     for part in text.replace("<｜", "\0<｜").replace("｜>", "｜>\0").split("\0"):
         index = deepseek.control.get(part)
         ids += deepseek.encode_text(part) if index is None else [index]
+    if name == "deepseek-r1":  # its format opens the reasoning
+        opening = deepseek.decode(prompt.ids, skip_special=False).split("<｜Assistant｜>")[1]
+        assert opening.startswith("<think>\n</think><｜tool▁calls▁begin｜>")
     stream = TextStream(deepseek, parser=template.parser(prompt.tools), primer=prompt.primer)
     for index in ids:
         stream.push([index])
