@@ -28,7 +28,7 @@ PAGE, NEW = 64, 16
 
 def run(small: bool, kernels: tuple[str, ...], rounds: int, peaks: Row) -> Row:
     """Rows of (kernels, batch) at a context that is filled by the cache's own values."""
-    model, context, batches = (MODEL_TINY, 128, (1, 2)) if small else (model_16b(), 1024, (1, 64, 256))
+    model, context, batches = (MODEL_TINY, 128, (2,)) if small else (model_16b(), 1024, (1, 64, 256))
     weights = random_weights(model)
     rows = []
     for name in kernels:

@@ -67,7 +67,7 @@ def to_torch(array: jax.Array, device: str) -> Any:
     import torch
 
     if array.dtype == jnp.bfloat16:
-        return torch.from_numpy(np.asarray(array).view(np.int16)).view(torch.bfloat16).to(device)
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(np.array(array)).to(device)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.h200.compiler import SHARED_LIMIT, Report
 from benchmarks.h200.programs import Program
-from dsv3_jax.planning.hlo import SHAPE, Instruction, bytes_of, computations_of
+from dsv3_jax.planning.hlo import SHAPE, Instruction, computations_of
 
 TOLERANCE = 0.05  # of the recorded temporary bytes
 
@@ -49,10 +49,11 @@ def of_program(report: Report, program: Program) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product: its floating-point operations and the JAX operation it comes from."""
+    """A matrix product: its floating-point operations, its result's sizes, and the JAX operation it comes from."""
 
     flops: int
-    where: str
+    sizes: tuple[int, ...]
+    where: str | None
 
 
 def products(text: str) -> Iterator[Product]:
@@ -65,9 +66,10 @@ def products(text: str) -> Iterator[Product]:
                 continue
             left = _dims(instructions[one.operands[0]].type)
             # A cuBLAS call's result may be a tuple with its workspace: the first part is meant.
-            flops = 2 * math.prod(_dims(one.type)) * math.prod(left[d] for d in contracted)
+            out = tuple(_dims(one.type))
+            flops = 2 * math.prod(out) * math.prod(left[d] for d in contracted)
             where = re.search(r'op_name="([^"]*)"', one.rest)
-            yield Product(flops, where[1] if where else "experts?")
+            yield Product(flops, out, where[1] if where else None)
 
 
 def _dims(type_text: str) -> list[int]:
@@ -97,7 +99,9 @@ def dense_products(text: str, program: Program) -> list[str]:
     return [
         f"{product.where}: a product of {product.flops:.2e} operations; all experts on all tokens take {limit:.2e}"
         for product in products(text)
-        if product.flops >= limit and "experts" in product.where
+        if product.flops >= limit
+        # Without a name it may be theirs; the vocabulary's it is not.
+        and ("experts" in product.where if product.where else cfg.vocab_size not in product.sizes)
     ]
 
 
@@ -122,15 +126,17 @@ def gathered_experts(text: str, program: Program) -> list[str]:
 
 
 def cache_copies(text: str, program: Program) -> list[str]:
-    """Instructions that copy or convert the whole latent cache."""
-    if not program.cache_bytes:
+    """Instructions that copy or convert the whole latent cache: as many elements, in rows of a token's values."""
+    if not program.cache_elements:
         return []
+    width = program.model.kv_lora_rank + program.model.qk_rope_head_dim
     computations, _ = computations_of(text)
     return [
-        f"{one.name}: {one.opcode} of the whole cache ({program.cache_bytes:,} bytes)"
+        f"{one.name}: {one.opcode} of the whole cache, {one.type}"
         for instructions in computations.values()
         for one in instructions.values()
         if one.opcode in ("copy", "copy-start", "convert", "transpose")
         and not one.type.startswith("(")
-        and bytes_of(one.type) >= program.cache_bytes
+        and width in _dims(one.type)
+        and math.prod(_dims(one.type)) == program.cache_elements
     ]

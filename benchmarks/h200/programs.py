@@ -33,7 +33,7 @@ class Program:
       model: what it computes, for the rules of `checks`.
       tokens: of one device.
       expert: devices the experts are cut over.
-      cache_bytes: of the latent cache; 0 without.
+      cache_elements: of the latent cache; 0 without.
       operations: those whose kernels it uses, by the names of `--kernels`.
       kernels: the choice.
     """
@@ -43,7 +43,7 @@ class Program:
     model: ModelConfig
     tokens: int
     expert: int = 1
-    cache_bytes: int = 0
+    cache_elements: int = 0
     operations: tuple[str, ...] = ("attention", "grouped_matmul")
     kernels: str = "reference"
 
@@ -107,9 +107,9 @@ def decode(name: str, model: ModelConfig, rows: int, context: int, kernels: str)
         return compile_for_h200(call, *on_one_device(arguments), donate=(0,))
 
     full = f"decode {name}, {rows} rows of {context} {kernels}"
-    cache_bytes = math.prod(latent.shape) * latent.dtype.itemsize
+    elements = math.prod(latent.shape)
     operations = ("latent_attention", "grouped_matmul")
-    return Program(full, compiled, model, rows, 1, cache_bytes, operations, kernels)
+    return Program(full, compiled, model, rows, 1, elements, operations, kernels)
 
 
 def all_programs() -> list[Program]:

@@ -29,7 +29,7 @@ ptxas info    : Used 96 registers, used 2 barriers, 1 bytes smem
 SMALL = dataclasses.replace(
     MODEL_2B, hidden_size=64, moe_intermediate_size=16, n_routed_experts=8, num_hidden_layers=2
 )
-PROGRAM = Program("p", lambda: report(), SMALL, tokens=32, expert=1, cache_bytes=4096)
+PROGRAM = Program("p", lambda: report(), SMALL, tokens=32, expert=1, cache_elements=2 * 576)
 
 
 def report(**changes) -> Report:
@@ -76,6 +76,14 @@ def test_a_product_of_all_tokens_with_all_experts_is_seen():
     assert len(checks.dense_products(product(32, "mlp/experts"), PROGRAM)) == 1
     assert checks.dense_products(product(31, "mlp/experts"), PROGRAM) == []
     assert checks.dense_products(product(32, "logits"), PROGRAM) == []
+    unnamed = product(32, "x").replace('metadata={op_name="jit(step)/x/dot_general"}', "")
+    assert len(checks.dense_products(unnamed, PROGRAM)) == 1
+    assert (
+        checks.dense_products(
+            unnamed, dataclasses.replace(PROGRAM, model=dataclasses.replace(SMALL, vocab_size=128))
+        )
+        == []
+    )
 
 
 def test_a_cublas_call_is_a_product_too():
@@ -105,8 +113,8 @@ def test_an_expert_weight_that_travels_is_seen_and_tokens_are_not():
 
 
 def test_a_copy_of_the_cache_is_seen():
-    copy = "ROOT %c = bf16[2,1024]{{1,0}} {}(%p)"
-    parameter = "%p = bf16[2,1024]{1,0} parameter(0)"
+    copy = "ROOT %c = bf16[2,576]{{1,0}} {}(%p)"
+    parameter = "%p = bf16[2,576]{1,0} parameter(0)"
     assert len(checks.cache_copies(hlo(parameter, copy.format("copy")), PROGRAM)) == 1
     assert checks.cache_copies(hlo(parameter, copy.format("negate")), PROGRAM) == []
 

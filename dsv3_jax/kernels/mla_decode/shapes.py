@@ -142,5 +142,5 @@ def inputs(shape: PagedShape, key: jax.Array, *, full: bool) -> tuple[jax.Array,
     slots = shape.table * shape.page
     lengths = [slots] if full else [1, 65, slots, 64, 17]
     length_B = jnp.asarray([lengths[b % len(lengths)] for b in range(shape.batch)])
-    positions_BT = length_B[:, None] - shape.tokens + jnp.arange(shape.tokens)
+    positions_BT = length_B[:, None] - shape.tokens + jnp.arange(shape.tokens)[None, :]
     return normal(keys[0], q), normal(keys[1], pages), ids_BM, jnp.maximum(positions_BT, -1)
