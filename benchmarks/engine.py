@@ -6,6 +6,7 @@ per round.
 - decode: tokens/s of 1, 16 and 64 requests that decode together, against a plain batched greedy loop of the same
   model over a cache in one piece, which knows no requests;
 - overhead: a step of the engine that gives every request one token, against the device call inside it;
+- tiles: prompt tokens/s and the wait of a short prompt for other sizes of the prefill call;
 - first token: how long a new request waits for it while others decode;
 - transformers: `generate` on as many prompts at once, end to end, with the fastest of its settings known from
   benchmarks/cpu.py.
@@ -46,6 +47,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "small-100m.yaml"
 PROMPT, NEW_TOKENS = 128, 32
 CONCURRENT = (1, 16, 64)
 STEPS = 16
+TILES = ((2, 32), (4, 32), (8, 32), (16, 32), (4, 64))
 
 Run = Callable[[], None]
 
@@ -183,6 +185,27 @@ class Bench:
             "max_s": max(waits[1:]),
         }
 
+    def tiles(self, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+        """Reading prompts with another size of the prefill call: a long one, and a short one alone."""
+        options = EngineOptions(
+            rows=1, context=1024, prefill_tiles=shape[0], tile=shape[1], max_logprobs=None, prefix_cache=False
+        )
+        engine = Engine(self.cfg, self.weights, options=options)
+
+        def read(length: int) -> Run:
+            def run() -> None:
+                ids = self.rng.integers(2, self.cfg.vocab_size, length).astype(np.int32)
+                for _ in engine.run([Request(ids, Sampling(max_new_tokens=1))]):
+                    pass
+
+            return run
+
+        seconds = interleave({"long": read(768), "short": read(20)}, rounds)
+        return {
+            "long_tokens_per_s": 768 / statistics.median(seconds["long"]),
+            "short_s": statistics.median(seconds["short"]),
+        }
+
     def whole(self, rows: int) -> Run:
         """As many prompts as rows, end to end."""
         engine = self.engine(rows)
@@ -249,12 +272,16 @@ def main() -> None:
         "rounds": args.rounds,
         "decode": {},
         "overhead": {},
+        "tiles": {},
     }
     for rows in CONCURRENT:
         result["decode"][str(rows)] = bench.decode(rows, args.rounds)
         result["overhead"][str(rows)] = bench.overhead(rows, 10 * args.rounds)
         print(rows, result["decode"][str(rows)], result["overhead"][str(rows)], flush=True)
         write(args.output, result)  # after each: what was measured survives a kill
+    for shape in TILES:
+        result["tiles"][f"{shape[0]} x {shape[1]}"] = found = bench.tiles(shape, args.rounds)
+        print("tiles", shape, found, flush=True)
     result["first_token"] = bench.first_token(16, args.rounds)
     print("first token", result["first_token"], flush=True)
     path = write(args.output, result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,8 +179,15 @@ def _decode(
         own = watches.setdefault(request.index, TextWatch(model.tokenizer, request.sampling.stop))
         return own.push(ids)
 
+    refused, taken = [], []
+    for request in todo:
+        try:
+            engine.check(request)
+            taken.append(request)
+        except DataError as error:  # more than the pages: a line of its own, like one that cannot be read
+            refused.append(Result(request, [], "error", str(error)))
     with Progress(len(hashes), len(hashes) - len(todo)) as progress:
-        for results in engine.run(todo, watch):
+        for results in itertools.chain([refused], engine.run(taken, watch)):
             records = []
             for result in results:
                 index = result.request.index

@@ -157,8 +157,8 @@ class Engine:
         self._expert_counts = (now, total)
         return total
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; its ticket.
+    def check(self, request: Request) -> None:
+        """Whether `submit` would take a request.
 
         Raises:
           DataError: its prompt is empty or has ids out of range, it can never fit, it asks for more
@@ -173,12 +173,16 @@ class Engine:
         check_ids(sampling, self.cfg.vocab_size, DataError)
         if request.guide is not None and sampling.ignore_eos:
             raise DataError("ignore_eos cannot be used with structured output, which says where a text ends")
-        ids = np.asarray(request.ids, np.int32)
-        if not self.scheduler.fits(len(ids), sampling.max_new_tokens):
+        if not self.scheduler.fits(len(request.ids), sampling.max_new_tokens):
             raise DataError(
-                f"the prompt has {len(ids)} tokens and max_new_tokens is {sampling.max_new_tokens}: together more than "
-                f"the cache of {self.scheduler.pool.total} pages of {options.page_size} tokens"
+                f"the prompt has {len(request.ids)} tokens and max_new_tokens is {sampling.max_new_tokens}: "
+                f"together more than the cache of {self.scheduler.pool.total} pages of {options.page_size} tokens"
             )
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its ticket. Raises DataError as `check` does."""
+        self.check(request)
+        sampling, ids = request.sampling, np.asarray(request.ids, np.int32)
         self._tickets += 1
         ticket = self._tickets
         scored = sampling.prompt_logprobs is not None

@@ -18,6 +18,11 @@ GPU_SHARE = 0.85
 MOST_DRAFTS = 8
 """Largest `EngineOptions.speculative`."""
 
+TILES = {"cpu": (4, 32)}
+MANY_TILES = (16, 128)
+"""Tiles and tokens of each by platform: few tokens on the CPU, where a call's time is their number; elsewhere enough
+that reading the weights does not dominate (GPU not measured)."""
+
 CPU_BYTES = 1 << 30
 """Pages take no more of a CPU's memory, nor more than a quarter of it."""
 
@@ -35,10 +40,10 @@ class EngineOptions:
     allows."""
     context: int | None = None
     """Tokens of a request, prompt and new ones, at most; by default the model's."""
-    prefill_tiles: int = 8
-    """Tiles of one prefill call."""
-    tile: int = 32
-    """Tokens of a tile, all of one prompt."""
+    prefill_tiles: int = 0
+    """Tiles of one prefill call; 0: by platform (`TILES`). A call computes all of them, however short its prompts."""
+    tile: int = 0
+    """Tokens of a tile, all of one prompt; 0: by platform."""
     prefix_cache: bool = True
     """Keep pages of prompts for later prompts that begin alike, of the same tenant."""
     steps_per_call: int = 16
@@ -59,8 +64,8 @@ class EngineOptions:
             ("page_size", 1, 65536),
             ("pages", 2, 2**31 - 1),
             ("context", 1, 2**31 - 1),
-            ("prefill_tiles", 1, 65536),
-            ("tile", 1, 65536),
+            ("prefill_tiles", 0, 65536),
+            ("tile", 0, 65536),
             ("steps_per_call", 1, 1024),
             ("max_logprobs", 0, MAX_LOGPROBS),
             ("speculative", 0, MOST_DRAFTS),
@@ -80,6 +85,12 @@ def resolve(options: EngineOptions, cfg: ModelConfig, shards: int = 1) -> Engine
     Args: shards: devices that rows, tiles and pages are cut over.
     Raises ConfigError when not even one page fits, when something does not divide by the devices, or nothing can draft.
     """
+    tiles, tile = TILES.get(jax.default_backend(), MANY_TILES)
+    options = dataclasses.replace(
+        options,
+        prefill_tiles=options.prefill_tiles or -(-tiles // shards) * shards,
+        tile=options.tile or tile,
+    )
     for name in ("rows", "prefill_tiles"):
         value = getattr(options, name)
         if value % shards:

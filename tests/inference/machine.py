@@ -199,7 +199,7 @@ def run(rules: int, *, seed: int | None = None, shrink: bool = True) -> dict[str
     """
     Machine.rules, Machine.seen = 0, {}
     settings = hypothesis.settings(
-        max_examples=max(1, rules // 25),
+        max_examples=max(1, rules // 60),
         stateful_step_count=50,
         deadline=None,
         database=None,

@@ -93,6 +93,18 @@ def test_a_bad_line_fails_alone(job: Job, tmp_path: Path, capsys: pytest.Capture
     assert "line 2: not valid JSON" in capsys.readouterr().err
 
 
+def test_a_line_that_the_pages_cannot_hold_fails_alone(job: Job, tmp_path: Path) -> None:
+    rows = [{"prompt": "ok"}, {"prompt": "z" * 200}, {"prompt": "fine"}]
+    few = dataclasses.replace(job, pages=3)
+    assert run_file(few, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl") == 65
+    found = records(tmp_path / "out.jsonl")
+    assert [record["finish_reason"] == "error" for record in found] == [False, True, False]
+    assert "more than the cache of 2 pages of 64 tokens" in found[1]["error"]
+    for name in ("page_size", "pages"):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is 0"):
+            dataclasses.replace(job, **{name: 0})
+
+
 def test_a_stop_string_ends_the_text_across_tokens(job: Job, tmp_path: Path) -> None:
     # Free choice among ASCII, so that stop strings are found inside the text, one byte a token.
     plain = dataclasses.replace(
