@@ -13,6 +13,7 @@ Two regimes, chosen from the static shapes:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -145,22 +146,28 @@ def _weight_gradient(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_E: jax.Array
     def whole(row):
         return product(_rows(dy_NF, row, big), row)
 
-    def partial(row, end):
-        start, own_N1 = _window(row, end, small, N)
-        return product(jnp.where(own_N1, _rows(dy_NF, start, small), 0), start)
+    def rest(count, first, end):
+        start, own_N1 = _window(first, end, count, N)
+        return product(jnp.where(own_N1, _rows(dy_NF, start, count), 0), start)
+
+    counts = [min(units * small, N) for units in range(1, (big + small - 1) // small + 1)]
 
     def expert(group):
         first, size = group
-        # The first tile outside the loop: starting from zeros is a pass more over [F, D] per expert.
-        dw_FD = partial(first, first + size)
-        return _for_tiles(
-            first + jnp.minimum(size, small),
-            jnp.maximum(size - small, 0),
-            (big, small),
-            lambda row, dw_FD: dw_FD + whole(row),
-            lambda row, end, dw_FD: dw_FD + partial(row, end),
-            dw_FD,
-        ).astype(dtype)
+        # What is not whole big tiles comes first, in one product: every further one is a pass over [F, D].
+        wholes = jnp.maximum(size - 1, 0) // big
+        left = size - wholes * big
+        dw_FD = lax.switch(
+            (left + small - 1) // small,
+            [
+                lambda first, end: jnp.zeros((dy_NF.shape[1], x_ND.shape[1]), jnp.float32),
+                *(functools.partial(rest, count) for count in counts),
+            ],
+            first,
+            first + left,
+        )
+        first = first + left
+        return lax.fori_loop(0, wholes, lambda t, dw_FD: dw_FD + whole(first + t * big), dw_FD).astype(dtype)
 
     return lax.map(expert, (first_E, group_sizes_E))
 
