@@ -80,6 +80,9 @@ class Flags:
     """Tokens that the multi-token module drafts at a time; 0: none. The text is the same, sooner."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
+    quantize: str | None = None
+    """Round attention and feed-forward weights while loading: int8, int8:GROUP, int4:GROUP, int4a:GROUP (with zero
+    points) or fp8. Checkpoints that are quantised already stay so without it."""
     kernels: str = "auto"
     """Implementation of attention and the experts' products: auto, reference or mosaic, with exceptions such as
     mosaic,grouped_matmul=reference."""
@@ -126,6 +129,7 @@ def main() -> int:
         flags.pages,
         parse_kernels(flags.kernels),
         flags.speculative,
+        flags.quantize,
     )
     if flags.input is not None and flags.output is not None:
         return run_file(job, flags.input, flags.output)

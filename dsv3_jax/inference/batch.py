@@ -44,6 +44,7 @@ class Job:
     pages: int | None = None
     kernels: Kernels = AUTO_KERNELS
     speculative: int = 0
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         check(self.sampling, ConfigError, "--", dash=True)
@@ -57,7 +58,9 @@ class Job:
 
     def open(self) -> OpenedModel:
         """The model, without its weights; notes go to stderr."""
-        model = open_model(self.checkpoint, self.dtype, multi_token=self.speculative > 0)
+        model = open_model(
+            self.checkpoint, self.dtype, quantize=self.quantize, multi_token=self.speculative > 0
+        )
         for note in model.notes:
             print(f"note: {note}", file=sys.stderr)
         check_top(self.sampling, model.cfg.vocab_size, ConfigError, dash=True)
