@@ -55,7 +55,7 @@ class Quantized(Multiplying):
     leaf's own letters, e.g. (H, Q, A), and how many of these are rows follows from the number of columns.
 
     Attributes:
-      codes: [..., rows, columns]; int4 has columns / 2.
+      codes: [..., rows, columns]; int4 has columns / 2; fp8 as bytes, see `coding.e4m3_values`.
       scales: float32 [..., row blocks, column blocks].
       zeros: uint8 zero points like `scales`, or None.
       coding: how codes stand for values.
@@ -126,6 +126,8 @@ class Quantized(Multiplying):
 def quantized_leaf(parts: Sequence[Any], coding: Coding, block_shape: tuple[int, ...]) -> Quantized:
     """A leaf of (codes, scales, zeros or None), numpy or jax arrays."""
     codes, scales, zeros = parts
+    if coding.kind == "fp8" and codes.dtype != np.uint8:
+        codes = np.asarray(codes).view(np.uint8)
     if str(scales.dtype) == "float8_e8m0fnu":  # which few operations take
         scales = np.asarray(scales).astype(np.float32)
     return Quantized(codes, scales, zeros, coding, tuple(block_shape))

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from dsv3_jax.kernels.quantized_matmul import (
     quantized_matmul,
     reference,
 )
+from dsv3_jax.kernels.quantized_matmul.coding import e4m3_values
 from dsv3_jax.kernels.quantized_matmul.shapes import SHAPES
 from dsv3_jax.quantization import formats
 from dsv3_jax.quantization.formats import parse_format, quantize
@@ -28,6 +30,8 @@ def case(shape, text, seed=0):
     lead = (shape.experts,) if shape.experts else ()
     w = rng.standard_normal((*lead, shape.outputs, shape.inputs)).astype(np.float32)
     parts = quantize(w, fmt)
+    if fmt.kind == "fp8":
+        parts = parts._replace(codes=parts.codes.view(np.uint8))
     x = rng.standard_normal((shape.rows, shape.inputs)).astype(np.float32)
     return x, parts, fmt.coding(shape.inputs), formats.dequantize(parts, fmt, shape.inputs).astype(float)
 
@@ -89,6 +93,13 @@ def test_eight_by_eight_is_the_product_of_the_rounded_operands(text):
     assert np.abs(rounded - x).max() <= scale.max() / 2 * 1.0001
     got = jax.jit(functools.partial(quantized_matmul, coding=coding))(x, *parts)
     np.testing.assert_allclose(got, rounded @ w.T, rtol=0, atol=1e-5 * np.abs(x @ w.T).max())
+
+
+def test_every_e4m3_code():
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    for given in (codes, codes.view(np.uint8)):
+        np.testing.assert_array_equal(jax.jit(e4m3_values)(given), codes.astype(np.float32))
+    assert np.signbit(e4m3_values(codes)[0x80])
 
 
 def test_no_whole_dequantised_weight_is_made():

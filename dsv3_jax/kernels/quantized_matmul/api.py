@@ -32,7 +32,7 @@ def quantized_matmul(
 
     Args:
       x_NK: activations.
-      codes_RK: [R, K], or [R, K / 2] for int4 (see `coding`).
+      codes_RK: [R, K], or [R, K / 2] for int4 (see `coding`); fp8 as bytes (uint8) or float8_e4m3fn.
       scales: float32 [R blocks, K blocks].
       zeros: uint8 zero points like `scales` (asymmetric int4), or None.
       implementation: "auto" or "reference".

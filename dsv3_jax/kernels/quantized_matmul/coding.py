@@ -16,6 +16,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 Kind = Literal["fp8", "int8", "int4"]
 Array = jax.Array
@@ -67,27 +69,71 @@ class Coding:
         return -(-rows // self.block_rows), -(-columns // self.block_columns)
 
 
-def unpack_int4(packed: Array, group: int) -> Array:
-    """uint8 [..., columns / 2] -> uint8 codes [..., columns]."""
-    pairs = packed.reshape(*packed.shape[:-1], -1, group // 2)
-    codes = jnp.concatenate([pairs & 0xF, pairs >> 4], axis=-1)
-    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+def e4m3_values(codes: Array) -> Array:
+    """float32 values of e4m3 codes, given as bytes (uint8) or as float8_e4m3fn.
+
+    On the CPU bytes go by a table of 256: XLA's own conversion, or so much as a slice of float8 in a loop, takes ten
+    times as long there.
+    """
+    if codes.dtype != jnp.uint8:
+        return codes.astype(jnp.float32)
+
+    def by_table(codes: Array) -> Array:
+        table = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return jnp.asarray(table)[codes.astype(jnp.int32)]
+
+    def by_type(codes: Array) -> Array:
+        return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+
+    return jax.lax.platform_dependent(codes, cpu=by_table, default=by_type)
 
 
 def dequantize(
     parts: tuple[Array, Array, Array | None], coding: Coding, columns: int, dtype: jax.typing.DTypeLike
 ) -> Array:
     """The matrix [..., rows, columns]: products in float32, rounded once to `dtype`."""
+    pieces = dequantize_split(parts, coding, columns, dtype)
+    if len(pieces) == 1:
+        return pieces[0]
+    half = coding.block_columns // 2
+    low, high = (piece.reshape(*piece.shape[:-1], -1, half) for piece in pieces)
+    whole = jnp.concatenate([low, high], axis=-1)
+    return whole.reshape(*whole.shape[:-2], columns)
+
+
+def dequantize_split(
+    parts: tuple[Array, Array, Array | None], coding: Coding, columns: int, dtype: jax.typing.DTypeLike
+) -> list[Array]:
+    """The same as pieces that are cheap to make, to go with those of `split_columns`: int4 in two, others in one."""
     codes, scales, zeros = parts
     rows = codes.shape[-2]
-    if coding.kind == "int4":
-        values = unpack_int4(codes, coding.block_columns).astype(jnp.float32)
-        values -= (
-            SYMMETRIC_ZERO if zeros is None else _spread(zeros.astype(jnp.float32), coding, rows, columns)
-        )
-    else:
-        values = codes.astype(jnp.float32)
-    return (values * _spread(scales.astype(jnp.float32), coding, rows, columns)).astype(dtype)
+    scales = scales.astype(jnp.float32)
+    if coding.kind != "int4":
+        values = e4m3_values(codes) if coding.kind == "fp8" else codes.astype(jnp.float32)
+        return [(values * _spread(scales, coding, rows, columns)).astype(dtype)]
+    grouped = codes.reshape(*codes.shape[:-1], -1, coding.block_columns // 2)
+    zero = float(SYMMETRIC_ZERO) if zeros is None else zeros.astype(jnp.float32)[..., None]
+    return [
+        ((half.astype(jnp.float32) - zero) * scales[..., None]).astype(dtype).reshape(codes.shape)
+        for half in (grouped & 0xF, grouped >> 4)
+    ]
+
+
+def split_columns(x: Array, coding: Coding) -> list[Array]:
+    """Columns [..., K] in the pieces that `dequantize_split` makes."""
+    if coding.kind != "int4":
+        return [x]
+    halves = x.reshape(*x.shape[:-1], -1, 2, coding.block_columns // 2)
+    return [halves[..., i, :].reshape(*x.shape[:-1], -1) for i in range(2)]
+
+
+def join_columns(pieces: list[Array], coding: Coding) -> Array:
+    """The inverse of `split_columns`."""
+    if coding.kind != "int4":
+        return pieces[0]
+    half = coding.block_columns // 2
+    halves = [piece.reshape(*piece.shape[:-1], -1, 1, half) for piece in pieces]
+    return jnp.concatenate(halves, axis=-2).reshape(*pieces[0].shape[:-1], -1)
 
 
 def _spread(blocks: Array, coding: Coding, rows: int, columns: int) -> Array:

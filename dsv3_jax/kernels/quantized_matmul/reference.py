@@ -23,7 +23,7 @@ from dsv3_jax.kernels.grouped_matmul.reference import (
     _tiles,
     _window,
 )
-from dsv3_jax.kernels.quantized_matmul.coding import Coding, dequantize
+from dsv3_jax.kernels.quantized_matmul.coding import Coding, dequantize_split, join_columns, split_columns
 from dsv3_jax.kernels.registry import full_precision
 
 Array = jax.Array
@@ -44,35 +44,49 @@ def slab_rows(rows: int, columns: int, coding: Coding) -> int:
     return max(fits, default=1)
 
 
-def _slab(parts: Parts, i: Array | int, f: int, coding: Coding, columns: int, dtype: Any) -> Array:
-    """Rows [i * f, (i + 1) * f) of a matrix, dequantised: [f, columns]."""
+def _slab(
+    parts: Parts, e: Array | int, i: Array | int, f: int, coding: Coding, columns: int, dtype: Any
+) -> list[Array]:
+    """Rows [i * f, (i + 1) * f) of matrix e of a stack, dequantised, in the pieces of `dequantize_split`."""
     codes, scales, zeros = parts
     height = coding.block_rows
-    first, count = (i * f // height, 1) if f < height else (i * (f // height), f // height)
+    first, count = (i * f // height, 1) if f < height else (i * (f // height), -(-f // height))
+
+    def take(x: Array, start: Array | int, rows: int) -> Array:
+        return lax.dynamic_slice(x, (e, start, 0), (1, rows, x.shape[2]))[0]
 
     def blocks(x: Array) -> Array:
-        x = lax.dynamic_slice_in_dim(x, first, count, 0)
-        return jnp.broadcast_to(x, (f, x.shape[1])) if f < height else x
+        own = take(x, first, count)
+        return jnp.broadcast_to(own, (f, own.shape[1])) if f < height else own
 
     part = coding if f >= height else coding.with_block_rows(1)
-    return dequantize(
-        (
-            lax.dynamic_slice_in_dim(codes, i * f, f, 0),
-            blocks(scales),
-            None if zeros is None else blocks(zeros),
-        ),
-        part,
-        columns,
-        dtype,
-    )
+    own = (take(codes, i * f, f), blocks(scales), None if zeros is None else blocks(zeros))
+    # The slices are made first: a loop that also computes where they begin is not vectorised (10 times slower).
+    return _made(dequantize_split(lax.optimization_barrier(own), part, columns, dtype))
+
+
+def _made(pieces: list[Array]) -> list[Array]:
+    """Stops a product from making its operand again for every output."""
+    return lax.optimization_barrier(pieces)  # type: ignore[no-any-return]
+
+
+def _times(pieces: list[Array], weight: list[Array]) -> Array:
+    """float32 [N, f]: columns in pieces times a slab in pieces."""
+    return functools.reduce(jnp.add, (_dot(x, w, (1, 1)) for x, w in zip(pieces, weight, strict=True)))
+
+
+def _stacked(parts: Parts) -> Parts:
+    return jax.tree.map(lambda x: x[None], parts)  # type: ignore[no-any-return]
 
 
 def _forward(x_NK: Array, parts: Parts, coding: Coding) -> Array:
     R, K = parts[0].shape[0], x_NK.shape[1]
     f = slab_rows(R, K, coding)
+    stack = _stacked(parts)
+    pieces = _made(split_columns(x_NK, coding))
 
     def product(i: Array) -> Array:
-        return _dot(x_NK, _slab(parts, i, f, coding, K, x_NK.dtype), (1, 1)).astype(x_NK.dtype)
+        return _times(pieces, _slab(stack, 0, i, f, coding, K, x_NK.dtype)).astype(x_NK.dtype)
 
     if f == R:
         return product(jnp.int32(0))
@@ -83,12 +97,15 @@ def _forward(x_NK: Array, parts: Parts, coding: Coding) -> Array:
 def _backward(dy_NR: Array, parts: Parts, coding: Coding, K: int) -> Array:
     N, R = dy_NR.shape
     f = slab_rows(R, K, coding)
+    stack = _stacked(parts)
 
-    def add(i: Array, dx_NK: Array) -> Array:
+    def add(i: Array, dx: list[Array]) -> list[Array]:
         dy_Nf = lax.dynamic_slice_in_dim(dy_NR, i * f, f, 1)
-        return dx_NK + _dot(dy_Nf, _slab(parts, i, f, coding, K, dy_NR.dtype), (1, 0))
+        weight = _slab(stack, 0, i, f, coding, K, dy_NR.dtype)
+        return [sums + _dot(dy_Nf, w, (1, 0)) for sums, w in zip(dx, weight, strict=True)]
 
-    return lax.fori_loop(0, R // f, add, jnp.zeros((N, K), jnp.float32)).astype(dy_NR.dtype)
+    zeros = split_columns(jnp.zeros((N, K), jnp.float32), coding)
+    return join_columns(lax.fori_loop(0, R // f, add, zeros), coding).astype(dy_NR.dtype)
 
 
 def _no_gradient(parts: Parts) -> Any:
@@ -150,25 +167,23 @@ def _eight_by_eight(x_NK: Array, parts: Parts, coding: Coding) -> Array:
 # --- experts --------------------------------------------------------------------------------------------------
 
 
-def _expert(parts: Parts, e: Array) -> Parts:
-    codes, scales, zeros = parts
-    take = functools.partial(lax.dynamic_index_in_dim, index=e, axis=0, keepdims=False)
-    return take(codes), take(scales), None if zeros is None else take(zeros)
-
-
 def _by_tile(x_ND: Array, parts: Parts, sizes_E: Array, coding: Coding, columns: int, contract: int) -> Array:
     """Each live expert dequantised once, then tiles of its rows; contract 1: forward, 0: dX."""
     N = x_ND.shape[0]
     E, F = parts[0].shape[:2]
     big, small = _tiles(N, E)
     live, order_E, first_E = _live(sizes_E)
+    pieces = _made(split_columns(x_ND, coding)) if contract == 1 else [x_ND]
 
     def expert(i: Array, y: Array) -> Array:
         e = order_E[i]
-        w_FD = dequantize(_expert(parts, e), coding, columns, x_ND.dtype)
+        weight = _slab(parts, e, 0, F, coding, columns, x_ND.dtype)
 
         def product(row: Array, count: int) -> Array:
-            return _dot(_rows(x_ND, row, count), w_FD, (1, contract)).astype(x_ND.dtype)
+            own = [_rows(x, row, count) for x in pieces]
+            if contract == 1:
+                return _times(own, weight).astype(x_ND.dtype)
+            return jnp.concatenate([_dot(own[0], w, (1, 0)) for w in weight], axis=-1).astype(x_ND.dtype)
 
         def visit_big(row: Array, y: Array) -> Array:
             return lax.dynamic_update_slice(y, product(row, big), (row, 0))
@@ -180,7 +195,10 @@ def _by_tile(x_ND: Array, parts: Parts, sizes_E: Array, coding: Coding, columns:
 
         return _for_tiles(first_E[e], sizes_E[e], (big, small), visit_big, visit_small, y)
 
-    return lax.fori_loop(0, live, expert, jnp.zeros((N, F if contract == 1 else columns), x_ND.dtype))
+    y = lax.fori_loop(0, live, expert, jnp.zeros((N, F if contract == 1 else columns), x_ND.dtype))
+    return (
+        y if contract == 1 else join_columns(jnp.split(y, 2 if coding.kind == "int4" else 1, axis=-1), coding)
+    )
 
 
 def _by_vector(x_ND: Array, parts: Parts, sizes_E: Array, coding: Coding) -> Array:
@@ -189,14 +207,15 @@ def _by_vector(x_ND: Array, parts: Parts, sizes_E: Array, coding: Coding) -> Arr
     F = parts[0].shape[1]
     f = slab_rows(F, D, coding)
     slabs = F // f
+    pieces = _made(split_columns(x_ND, coding))
     live, order_E, first_E = _live(sizes_E)
 
     def one(i: Array, y_NF: Array) -> Array:
         e, part = order_E[i // slabs], i % slabs
-        w_fD = _slab(_expert(parts, e), part, f, coding, D, x_ND.dtype)
+        weight = _slab(parts, e, part, f, coding, D, x_ND.dtype)
 
         def row(n: Array, y_NF: Array) -> Array:
-            y_1f = _dot(_rows(x_ND, n, 1), w_fD, (1, 1)).astype(x_ND.dtype)
+            y_1f = _times([_rows(x, n, 1) for x in pieces], weight).astype(x_ND.dtype)
             return lax.dynamic_update_slice(y_NF, y_1f, (n, part * f))
 
         return lax.fori_loop(first_E[e], first_E[e] + sizes_E[e], row, y_NF)
