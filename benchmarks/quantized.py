@@ -25,7 +25,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from benchmarks.common import environment, write  # noqa: E402
+from benchmarks.common import environment, write
 
 FORMATS = ("float32", "int8", "fp8", "int4:64")
 NEW_TOKENS, PROMPT = 64, 64

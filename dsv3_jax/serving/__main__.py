@@ -49,6 +49,8 @@ class Flags:
     """Tokens that the multi-token module drafts at a time; 0: none. The text is the same, sooner."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
+    quantize: str | None = None
+    """Round attention and feed-forward weights while loading: int8, int8:GROUP, int4:GROUP, int4a:GROUP or fp8."""
     kernels: str = "auto"
     """Implementation of attention and the experts' products: auto, reference or mosaic, with exceptions such as
     mosaic,grouped_matmul=reference."""
@@ -121,7 +123,7 @@ def main() -> int:
         kernels=parse_kernels(flags.kernels),
     )
     content_filter = None if flags.content_filter is None else load_filter(flags.content_filter)
-    opened = open_model(flags.checkpoint, flags.dtype, multi_token=flags.speculative > 0)
+    opened = open_model(flags.checkpoint, flags.dtype, flags.quantize, multi_token=flags.speculative > 0)
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     template = None

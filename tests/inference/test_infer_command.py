@@ -109,7 +109,7 @@ def test_a_named_kernel_that_cannot_run_ends_with_the_reason(
 ) -> None:
     flags = ["--checkpoint", str(checkpoint), "--prompt", "x", "--max-new-tokens", "4"]
     monkeypatch.setattr(sys, "argv", ["infer.py", *flags, "--kernels", "auto,grouped_matmul=mosaic"])
-    with pytest.raises(ConfigError, match=r"kernel grouped_matmul.* 'mosaic'"):
+    with pytest.raises(ConfigError, match=r"kernel grouped_.* 'mosaic'"):
         infer.main()
 
 

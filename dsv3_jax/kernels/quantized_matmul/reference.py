@@ -67,7 +67,7 @@ def _slab(
 
 def _made(pieces: list[Array]) -> list[Array]:
     """Stops a product from making its operand again for every output."""
-    return lax.optimization_barrier(pieces)  # type: ignore[no-any-return]
+    return lax.optimization_barrier(pieces)
 
 
 def _times(pieces: list[Array], weight: list[Array]) -> Array:
@@ -76,7 +76,7 @@ def _times(pieces: list[Array], weight: list[Array]) -> Array:
 
 
 def _stacked(parts: Parts) -> Parts:
-    return jax.tree.map(lambda x: x[None], parts)  # type: ignore[no-any-return]
+    return jax.tree.map(lambda x: x[None], parts)
 
 
 def _forward(x_NK: Array, parts: Parts, coding: Coding) -> Array:
