@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kernel_tables
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md", "docs/planning.md", "docs/training.md")
+PAGES = ("README.md", "docs/performance.md", "docs/planning.md", "docs/training.md", "docs/kernels.md")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -171,6 +172,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fit": fit_table,
     "planning": planning_table,
     "scaling": scaling_table,
+    "compile_h200": kernel_tables.compile_table,
+    "gpu_kernels": kernel_tables.kernel_table,
+    "gpu_models": kernel_tables.model_table,
 }
 
 
@@ -192,6 +196,13 @@ def main() -> int:
             stale.append(page)
             if not check:
                 path.write_text(fresh)
+    for run in kernel_tables.gpu_results():
+        path = ROOT / "docs" / "results" / f"gpu-{run['environment']['family'].lower()}.svg"
+        drawn = kernel_tables.chart(run)
+        if not path.exists() or path.read_text() != drawn:
+            stale.append(str(path.relative_to(ROOT)))
+            if not check:
+                path.write_text(drawn)
     print(("stale: " if check else "rewritten: ") + (", ".join(stale) or "none"))
     return 1 if check and stale else 0
 

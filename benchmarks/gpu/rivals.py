@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax.kernels.attention.shapes import SHAPES
 from dsv3_jax.kernels.cases import Case
 
 Row = dict[str, Any]
@@ -107,23 +108,29 @@ def _scale(q: Any) -> float:
     return q.shape[-1] ** -0.5
 
 
+def _causal(case: Case) -> bool:
+    """Whether the named shape is causal. Raises NotImplementedError for packed segments."""
+    shape = SHAPES.get(case.shape)
+    if shape is not None and shape.segments:
+        raise NotImplementedError("packed segments are not compared with torch")
+    return shape is None or shape.causal
+
+
 def _sdpa(backend: str | None) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        causal = _causal(case)
+
         def attend(q: Any, k: Any, v: Any) -> Any:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            how = dict(is_causal=causal, scale=_scale(q), enable_gqa=q.shape[1] != k.shape[1])
+            product = torch.nn.functional.scaled_dot_product_attention
             if backend is None:
-                out = torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, scale=_scale(q)
-                )
-            else:
-                with sdpa_kernel([getattr(SDPBackend, backend)]):
-                    out = torch.nn.functional.scaled_dot_product_attention(
-                        q, k, v, is_causal=True, scale=_scale(q)
-                    )
-            return out.transpose(1, 2)
+                return product(q, k, v, **how).transpose(1, 2)
+            with sdpa_kernel([getattr(SDPBackend, backend)]):
+                return product(q, k, v, **how).transpose(1, 2)
 
         return _gradients(attend, 3) if case.program == "backward" else attend
 
@@ -134,14 +141,17 @@ def _flex(case: Case) -> Call:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    length = case.arguments[0].shape[1]
+    length, causal = case.arguments[0].shape[1], _causal(case)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+    mask = None
+    if causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
     compiled = torch.compile(flex_attention)
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask, scale=_scale(q)).transpose(1, 2)
+        grouped = q.shape[1] != k.shape[1]
+        return compiled(q, k, v, block_mask=mask, scale=_scale(q), enable_gqa=grouped).transpose(1, 2)
 
     return _gradients(attend, 3) if case.program == "backward" else attend
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from dsv3_jax.errors import ConfigError
 
-IMPLEMENTATIONS = ("auto", "reference", "mosaic", "cudnn", "tokamax")
+IMPLEMENTATIONS = ("auto", "reference", "mosaic", "batched", "cudnn", "tokamax")
 
 
 @dataclasses.dataclass(frozen=True)

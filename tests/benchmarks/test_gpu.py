@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import tune
+from benchmarks import kernel_tables, tune
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import decode, kernels, rivals, timing, train
 from benchmarks.gpu.ceilings import ceilings
@@ -219,3 +219,25 @@ def test_torch_computes_the_same_as_the_reference(kernel, program, monkeypatch):
     case = toy(kernel=kernel, program=program, arguments=tuple(arrays), bound=1e-2)
     found = dict(rivals.run(case, [tuple(arrays)], wanted, 1, kernels.error_of, device="cpu"))
     assert found[name].get("right"), found
+
+
+def test_tables_say_what_was_not_measured_and_what_a_run_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_tables, "RESULTS", tmp_path)
+    assert kernel_tables.kernel_table() == "Kernels on a GPU: not measured."
+    assert kernel_tables.model_table().count("not measured") == 5
+    row = kernels.run_case(toy(), 1, 3, PEAKS, with_rivals=False)
+    environment = {
+        "family": "H200",
+        "commit": "c",
+        "date": "d",
+        "device": "NVIDIA H200",
+        "versions": {"jax": "0"},
+    }
+    run = {"environment": environment, "ceilings": PEAKS, "kernels": [row], "not_begun": ["toy backward"]}
+    (tmp_path / "gpu-h200.json").write_text(json.dumps(run))
+    table = kernel_tables.kernel_table()
+    assert "| H200 | toy forward one float32 | spoilt | wrong (bound 1e-05) |" in table
+    assert "it runs on gpu, not on cpu" in table and "Not begun in the time: toy backward" in table
+    drawn = kernel_tables.chart(run)
+    # The right ones alone have bars: mosaic and reference.
+    assert drawn.count("<rect") == 1 + 2 and "NVIDIA H200" in drawn

@@ -14,6 +14,7 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.kernels.attention.api import ATTENTION
 from dsv3_jax.kernels.grouped_matmul.api import GROUPED_MATMUL
 from dsv3_jax.kernels.mla_decode.api import LATENT_ATTENTION
+from dsv3_jax.kernels.mla_decode.paged import PAGED_LATENT_ATTENTION
 from dsv3_jax.model import Transformer, abstract_variables, make_cache
 from dsv3_jax.parallel import make_mesh
 from dsv3_jax.planning.plan import BATCH_KEYS
@@ -33,6 +34,10 @@ def test_every_operation_has_a_table_whose_names_the_flag_knows():
     assert set(TABLES) == set(OPERATIONS)
     for table in TABLES.values():
         assert {"reference"} <= set(table) <= set(IMPLEMENTATIONS)
+
+
+def test_pages_are_read_by_the_implementations_of_the_same_flag():
+    assert {"reference"} <= set(PAGED_LATENT_ATTENTION) <= set(IMPLEMENTATIONS)
 
 
 def test_a_name_for_all_and_exceptions():
