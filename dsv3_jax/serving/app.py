@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
@@ -246,14 +246,14 @@ def _usage(given: ChatRequest | CompletionRequest) -> bool:
 
 
 def _page(app: FastAPI) -> None:
-    """The chat page: the files of `static`, by exact name, read from nowhere else."""
-    files = {path.name: path for path in STATIC.iterdir() if path.is_file()} if STATIC.is_dir() else {}
+    """The chat page: the files of `static`, by exact name, read once."""
+    files = {path.name: path.read_bytes() for path in STATIC.iterdir() if path.is_file()}
 
     def send(name: str) -> Response:
         if name not in files:
             raise ApiError(404, PHRASES[404])
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return FileResponse(files[name], media_type=kind, headers={"content-security-policy": _PAGE_POLICY})
+        return Response(files[name], media_type=kind, headers={"content-security-policy": _PAGE_POLICY})
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

@@ -32,7 +32,7 @@ def test_flags_and_routes_that_are_named_exist() -> None:
     from dsv3_jax.serving.__main__ import Flags
 
     flags = {"--" + name.replace("_", "-") for name in Flags.__dataclass_fields__}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--extras", "--help"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--full", "--help"}
     assert named and named <= flags, named - flags
     source = (Path(__file__).resolve().parents[2] / "dsv3_jax" / "serving" / "app.py").read_text("utf-8")
     for route in set(re.findall(r"`(?:GET|POST) (/[^`]*)`", TEXT)):
