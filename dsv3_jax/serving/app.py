@@ -187,7 +187,8 @@ def _generating(app: FastAPI, service: Service) -> None:
                 continue_final_message=bool(given.continue_final_message),
             )
             guide = await guide_for(given, prompt.primer, service)
-            return [ChatAsk(prompt, most, logprobs, guide=guide)], shape
+            parallel = given.parallel_tool_calls is not False
+            return [ChatAsk(prompt, most, logprobs, guide=guide, parallel=parallel)], shape
 
         return await answer(request, given, given.n or 1, prepare, given.seed, **OPENAI_DEFAULTS)
 

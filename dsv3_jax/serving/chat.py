@@ -84,10 +84,10 @@ class ChatTemplate:
         """Whether the format can call tools."""
         return not isinstance(self.format, DeepSeekV2)
 
-    def parser(self, tools: bool) -> AnswerParser:
-        """A fresh parser for one answer of this format."""
+    def parser(self, tools: bool, parallel: bool = True) -> AnswerParser:
+        """A fresh parser for one answer of this format; `parallel`: whether it may hold several calls."""
         chat = not isinstance(self.format, DeepSeekV2)
-        return AnswerParser(reasoning=chat, tools=chat and tools)
+        return AnswerParser(reasoning=chat, tools=chat and tools, parallel=parallel)
 
     def render(
         self,

@@ -60,20 +60,29 @@ class AnswerParser:
     Attributes:
       marks: the control strings that the text must have marked.
       calls: tool calls announced so far.
+      ended: whether the one call that may be is complete; what follows is dropped.
     """
 
     def __init__(
-        self, *, reasoning: bool = True, tools: bool = True, new_id: Callable[[int], str] = new_call_id
+        self,
+        *,
+        reasoning: bool = True,
+        tools: bool = True,
+        parallel: bool = True,
+        new_id: Callable[[int], str] = new_call_id,
     ) -> None:
         """
         Args:
           reasoning: tell reasoning apart; else `<think>` is text.
           tools: tell tool calls apart (the request has tools and did not forbid them); else they are text.
+          parallel: whether there may be several calls; else the answer ends with the first.
           new_id: the id of call number `index`.
         """
         self._reasoning, self._tools, self._new_id = reasoning, tools, new_id
         self.marks = tuple(s for s in MARKS if (reasoning if s in _REASONING_MARKS else tools))
         self.calls = 0
+        self.ended = False
+        self._parallel = parallel
         self._ends_reasoning = _ENDS_REASONING if tools else re.compile(END_THINK)
         self._buffer = ""
         self._state: Callable[[bool], list[Delta] | None] = self._start if reasoning else self._content
@@ -92,7 +101,7 @@ class AnswerParser:
 
     def _run(self, end: bool) -> list[Delta]:
         out: list[Delta] = []
-        while self._buffer:
+        while self._buffer and not self.ended:
             deltas = self._state(end)
             if deltas is None:  # more text is needed
                 break
@@ -230,7 +239,7 @@ class AnswerParser:
         if match is not None:
             if match.group() == END_CALL:
                 self._take(1)
-            self._state = self._content
+            self._end_call()
         return [self._argue(text[:kept] if last == "}" else text)]
 
     def _parameters(self, end: bool) -> list[Delta] | None:
@@ -240,14 +249,14 @@ class AnswerParser:
             return None
         if not found:  # cut off, or something else: the call ends here
             if not end:
-                self._state = self._content
+                self._end_call()
                 return [self._argue(self._value.close())]
             self._take(len(self._buffer))
             return []
         length, name, is_string = found
         self._take(length)
         if name is None:
-            self._state = self._content
+            self._end_call()
             return [self._argue(self._value.close())]
         self._state = self._parameter
         return [self._argue(self._value.begin(name, is_string))]
@@ -262,6 +271,10 @@ class AnswerParser:
             self._state = self._parameters
             text = text[: -len(dsml.END_PARAMETER)]
         return [self._argue(self._value.push(spelled(text), closed))]
+
+    def _end_call(self) -> None:
+        self._state = self._content
+        self.ended = not self._parallel
 
     def _argue(self, arguments: str) -> Delta:
         self._last = arguments[-1:] or self._last

@@ -264,10 +264,9 @@ class Service:
         return generation
 
     def _parser(self, ask: Ask) -> Any:
-        chat = isinstance(ask, ChatAsk)
-        return (
-            self.model.template.parser(ask.prompt.tools) if chat and self.model.template is not None else None
-        )
+        if not isinstance(ask, ChatAsk) or self.model.template is None:
+            return None
+        return self.model.template.parser(ask.prompt.tools, ask.parallel)
 
     def _request(self, options: Options, ask: Ask, sampling: Sampling) -> Request:
         return Request(
@@ -281,7 +280,9 @@ class Service:
 
 @dataclasses.dataclass(frozen=True)
 class ChatAsk(Ask):
-    """A conversation: its answer is parsed for reasoning and tool calls."""
+    """A conversation: its answer is parsed for reasoning and tool calls; several calls only if `parallel`."""
+
+    parallel: bool = True
 
 
 def _blocked() -> ApiError:

@@ -35,7 +35,8 @@ class TextStream:
       reason = stream.final_reason(update.finish_reason)
 
     Attributes:
-      finish_reason: "stop" once a stop string was found, "content_filter" once the filter blocked, else None.
+      finish_reason: "stop" once a stop string was found or the only call that may be ended, "content_filter" once the
+        filter blocked, else None.
       consumed: ids read, up to and with the one that completed a stop string: what usage counts.
       answer: everything said so far.
     """
@@ -79,7 +80,7 @@ class TextStream:
                 break
             self.consumed += 1
             deltas += self._parse(self._stop.push(self._decoder.push((index,))))
-            if self._stop.stopped:
+            if self._stop.stopped or (self._parser is not None and self._parser.ended):
                 self.finish_reason = "stop"
                 deltas += self._parser.finish() if self._parser is not None else []
         return self._emit(deltas)

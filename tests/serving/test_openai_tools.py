@@ -111,6 +111,11 @@ def test_tools_whole_streamed_and_answered(client: openai.OpenAI) -> None:
     assert [json.loads(call.function.arguments) for call in final.message.tool_calls] == [ARGUMENTS, {}]
     assert kinds.count("tool_calls.function.arguments.delta") > 3 and "content.delta" in kinds
 
+    alone = client.chat.completions.create(
+        model=fake.MODEL, messages=messages, tools=TOOLS, parallel_tool_calls=False
+    ).choices[0]
+    assert (len(alone.message.tool_calls or []), alone.finish_reason) == (1, "tool_calls")
+
     results = [
         {"role": "tool", "tool_call_id": call.id, "content": f"HELLO {call.id}"} for call in reversed(calls)
     ]

@@ -151,6 +151,24 @@ class TestAnswers:
             answer = _parse(tokenizer, f"a\n\n{calls}\n b \n", cut=cut)
             assert (answer.content, len(answer.tool_calls)) == ("a\n b", 1)
 
+    def test_without_parallel_calls_the_answer_ends_with_the_first(
+        self, tokenizer: Tokenizer, cut: bool
+    ) -> None:
+        first = ToolDelta(0, "call_0", "f", '{"x": 1}')
+        for text in (
+            _v3(("f", '{"x": 1}'), ("g", "{}")) + "more",
+            _v31(("f", '{"x": 1}'), ("g", "{}")),
+            _v32(("f", {"x": ("1", False)}), ("g", {})),
+        ):
+            stream = TextStream(tokenizer, parser=AnswerParser(parallel=False, new_id=_id))
+            ids = marked_ids(tokenizer, text)
+            for chunk in [[index] for index in ids] if cut else [ids]:
+                stream.push(chunk)
+            stream.finish()
+            assert stream.answer == Answer(tool_calls=[first])
+            assert stream.finish_reason == "stop" and stream.final_reason("length") == "tool_calls"
+            assert stream.consumed < len(ids)
+
     def test_arguments_that_were_cut_off_stay_arguments(self, tokenizer: Tokenizer, cut: bool) -> None:
         text = f'{CALLS}{CALL}f{SEP}{{"city": "Hang'
         assert _parse(tokenizer, text, cut=cut).tool_calls == [ToolDelta(0, "call_0", "f", '{"city": "Hang')]
