@@ -31,6 +31,11 @@ class Pools:
         """Pages kept for their content alone."""
         return sum(pool.cached for pool in self._pools)
 
+    @property
+    def evictions(self) -> int:
+        """Of all."""
+        return sum(pool.evictions for pool in self._pools)
+
     def clear(self) -> None:
         """Forget every cached prefix."""
         for pool in self._pools:
@@ -38,36 +43,41 @@ class Pools:
 
 
 class Shards:
-    """The interface of `Scheduler` over several; a request stays with the one it was given to."""
+    """The interface of `Scheduler` over several; a request stays with the one it was given to.
+
+    Attributes:
+      schedulers: one a device.
+      pool: the pages of all.
+    """
 
     def __init__(self, schedulers: list[Scheduler]) -> None:
-        self._schedulers = schedulers
+        self.schedulers = schedulers
         self._home: dict[int, Scheduler] = {}
         self.pool = Pools([scheduler.pool for scheduler in schedulers])
 
     @property
     def waiting(self) -> deque[Sequence]:
         """Sequences without a row."""
-        return deque(chain.from_iterable(scheduler.waiting for scheduler in self._schedulers))
+        return deque(chain.from_iterable(scheduler.waiting for scheduler in self.schedulers))
 
     @property
     def running(self) -> list[Sequence]:
         """Sequences with a row."""
-        return [sequence for scheduler in self._schedulers for sequence in scheduler.running]
+        return [sequence for scheduler in self.schedulers for sequence in scheduler.running]
 
     @property
     def preemptions(self) -> int:
         """Of all."""
-        return sum(scheduler.preemptions for scheduler in self._schedulers)
+        return sum(scheduler.preemptions for scheduler in self.schedulers)
 
     @property
     def prefix_hit_tokens(self) -> int:
         """Of all."""
-        return sum(scheduler.prefix_hit_tokens for scheduler in self._schedulers)
+        return sum(scheduler.prefix_hit_tokens for scheduler in self.schedulers)
 
     def fits(self, prompt: int, max_new: int) -> bool:
         """Whether a request can run on one of them; they are alike."""
-        return self._schedulers[0].fits(prompt, max_new)
+        return self.schedulers[0].fits(prompt, max_new)
 
     def add(self, sequence: Sequence) -> None:
         """To the one with the fewest tokens to come."""
@@ -76,7 +86,7 @@ class Shards:
             there = [*scheduler.running, *scheduler.waiting]
             return sum(len(s.prompt) + s.max_new - s.written for s in there)
 
-        home = self._home[sequence.ticket] = min(self._schedulers, key=load)
+        home = self._home[sequence.ticket] = min(self.schedulers, key=load)
         home.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -85,7 +95,7 @@ class Shards:
 
     def plan(self) -> Plan:
         """One call for all: as many tokens as every one of them has pages for."""
-        plans = [scheduler.plan() for scheduler in self._schedulers]
+        plans = [scheduler.plan() for scheduler in self.schedulers]
         tiles = [tile for plan in plans for tile in plan.tiles]
         decode = [sequence for plan in plans for sequence in plan.decode]
         steps = min((plan.steps for plan in plans if plan.decode), default=1)
@@ -101,5 +111,5 @@ class Shards:
 
     def check(self) -> None:
         """Assert what must hold between steps."""
-        for scheduler in self._schedulers:
+        for scheduler in self.schedulers:
             scheduler.check()

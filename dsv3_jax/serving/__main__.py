@@ -39,10 +39,10 @@ class Flags:
     """Tokens of a page of the cache."""
     pages: int | None = None
     """Pages of the cache; by default what all rows need, as far as memory allows."""
-    prefill_tiles: int = 8
-    """Tiles of prompts that one step computes."""
-    tile: int = 32
-    """Tokens of a tile."""
+    prefill_tiles: int = 0
+    """Tiles of prompts that one step computes; 0: by platform."""
+    tile: int = 0
+    """Tokens of a tile; 0: by platform."""
     prefix_cache: bool = True
     """Keep prompts' pages for later prompts that begin alike."""
     speculative: int = 0

@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import steps
+from dsv3_jax.inference.placement import Placement
 from dsv3_jax.inference.sampling import Choosing, TokenLogprobs
 from dsv3_jax.inference.settings import EngineOptions, pages_of
 
@@ -59,12 +60,17 @@ def reference(prompt: list[int], max_new: int) -> tuple[list[int], str]:
 class FakeDevice:
     """Stands in for `device.Device`."""
 
-    def __init__(self, cfg: ModelConfig, weights: Any, options: EngineOptions, **_: Any) -> None:
+    def __init__(
+        self, cfg: ModelConfig, weights: Any, options: EngineOptions, *, placement: Placement, **_: Any
+    ) -> None:
         assert options.pages is not None and options.context is not None
         self.programs = SimpleNamespace(count=0, seconds=0.0)
         self.table_width = pages_of(options.context, options.page_size)
         self._options = options
-        self._slots = np.zeros((options.pages, options.page_size), np.uint64)
+        self._shards = placement.shards
+        self._height = options.rows // placement.shards
+        shape = (placement.shards, options.pages // placement.shards, options.page_size)
+        self._slots = np.zeros(shape, np.uint64)
 
     def compile(self) -> None:
         pass
@@ -84,13 +90,15 @@ class FakeDevice:
         rows_B: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         hidden_BT = np.zeros(tokens_BT.shape, np.uint64)
+        each = self._options.prefill_tiles // self._shards
         for t in np.ndindex(tokens_BT.shape):
             if positions_BT[t] >= 0:
-                hidden_BT[t] = self._write(tables_BM[t[0]], int(positions_BT[t]), int(tokens_BT[t]))
+                shard = t[0] // each
+                hidden_BT[t] = self._write(shard, tables_BM[t[0]], int(positions_BT[t]), int(tokens_BT[t]))
         hidden_B = np.zeros(self._options.rows, np.uint64)
         for at, row in enumerate(rows_B):
-            if row < self._options.rows:
-                hidden_B[row] = hidden_BT[at, last_B[at]]
+            if row < self._height:
+                hidden_B[at // each * self._height + row] = hidden_BT[at, last_B[at]]
         return hidden_BT, hidden_B, ~np.any((tokens_BT == BAD) & (positions_BT >= 0), axis=1)
 
     def score(self, hidden_BT: np.ndarray, targets_BT: np.ndarray) -> tuple[TokenLogprobs, np.ndarray]:
@@ -122,7 +130,7 @@ class FakeDevice:
         for t in range(limit):
             for row in np.flatnonzero(reason_B == steps.LIVE):
                 token, position = int(state.token_B[row]), int(state.position_B[row])
-                value = self._write(tables_BM[row], position, token)
+                value = self._write(row // self._height, tables_BM[row], position, token)
                 self._choose(value, row, t, state, reason_B, token_TB)
                 if known_TB[t, row] != steps.NO_TOKEN:
                     assert token_TB[t, row] == known_TB[t, row], "a token that is fed again is another one"
@@ -131,12 +139,12 @@ class FakeDevice:
                 break
         return reason_B, self._produced(token_TB)
 
-    def _write(self, table_M: np.ndarray, position: int, token: int) -> np.uint64:
-        P = self._options.page_size
-        before = self._slots[table_M[: pages_of(position, P)]].reshape(-1)[:position]
+    def _write(self, shard: int, table_M: np.ndarray, position: int, token: int) -> np.uint64:
+        P, slots = self._options.page_size, self._slots[shard]
+        before = slots[table_M[: pages_of(position, P)]].reshape(-1)[:position]
         page = table_M[position // P]
         assert page != 0, "a token goes to the null page"
-        self._slots[page, position % P] = value = _value(token, position, before)
+        slots[page, position % P] = value = _value(token, position, before)
         return value
 
     def _choose(

@@ -11,12 +11,16 @@ import dataclasses
 from unittest import mock
 
 import hypothesis
+import jax
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from dsv3_jax.config import MeshConfig
 from dsv3_jax.inference import Engine, EngineOptions, Request, Sampling, Update
 from dsv3_jax.inference import engine as engine_module
+from dsv3_jax.inference.shards import Shards
 from dsv3_jax.inference.weights import Weights
+from dsv3_jax.parallel.mesh import make_mesh
 from tests.inference import fake, tiny
 
 CONTEXT = 40
@@ -25,10 +29,13 @@ CFG = dataclasses.replace(
 )
 
 
-def engine(options: EngineOptions) -> Engine:
-    """The engine over a fake device."""
+def engine(options: EngineOptions, shards: int = 1) -> Engine:
+    """The engine over a fake device, or over several with pages of their own."""
+    mesh = None
+    if shards > 1:
+        mesh = make_mesh(MeshConfig(data=shards, fsdp=1, expert=1, tensor=1), jax.devices()[:shards])
     with mock.patch.object(engine_module, "Device", fake.FakeDevice):
-        return Engine(CFG, Weights({}, []), options=options)
+        return Engine(CFG, Weights({}, []), options=options, mesh=mesh)
 
 
 class Machine(RuleBasedStateMachine):
@@ -46,6 +53,7 @@ class Machine(RuleBasedStateMachine):
         most=st.integers(1, 6),
         tight=st.sampled_from([0.5, 0.6, 0.7, 0.9, 1.2]),
         prefix_cache=st.integers(0, 4).map(lambda n: n < 4),
+        shards=st.sampled_from(range(1, min(len(jax.devices()), 2) + 1)),
     )
     def start(
         self,
@@ -56,20 +64,21 @@ class Machine(RuleBasedStateMachine):
         most: int,
         tight: float,
         prefix_cache: bool,
+        shards: int,
     ) -> None:
         pages = 2 + int(tight * CONTEXT / page_size)  # for about one request of full length
         options = EngineOptions(
-            rows=rows,
+            rows=rows * shards,
             page_size=page_size,
-            pages=pages,
+            pages=pages * shards,
             context=CONTEXT,
-            prefill_tiles=tiles,
+            prefill_tiles=tiles * shards,
             tile=tile,
             prefix_cache=prefix_cache,
             steps_per_call=most,
             max_logprobs=1,
         )
-        self.engine = engine(options)
+        self.engine = engine(options, shards)
         self.requests: dict[int, Request] = {}
         self.tokens: dict[int, list[int]] = {}
         self.deadline: dict[int, int] = {}
@@ -133,9 +142,10 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def preempt(self) -> None:
         """What the scheduler does by itself when pages are short; here without that reason."""
-        scheduler = self.engine.scheduler
-        if len(scheduler.running) > 1:  # the oldest is never the one
-            scheduler._preempt(scheduler.running[-1])
+        whole = self.engine.scheduler
+        for scheduler in whole.schedulers if isinstance(whole, Shards) else [whole]:
+            if len(scheduler.running) > 1:  # the oldest is never the one
+                scheduler._preempt(scheduler.running[-1])
 
     @invariant()
     def adds_up(self) -> None:
@@ -152,6 +162,7 @@ class Machine(RuleBasedStateMachine):
         self._count("preempted", self.engine.stats.preemptions)
         self._count("prefix_hit_tokens", self.engine.stats.prefix_hit_tokens)
         self._count("evictions", self.engine.scheduler.pool.evictions)
+        self._count("on_two_devices", isinstance(self.engine.scheduler, Shards))
         while not self.engine.idle:
             self.step(1)
             self.adds_up()

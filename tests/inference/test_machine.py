@@ -21,7 +21,16 @@ RULES = 2500
 def test_every_request_ends_right_whatever_happens() -> None:
     seen = machine.run(RULES)
     assert seen["rules"] >= 2000
-    for what in ("preempted", "prefix_hit_tokens", "evictions", "length", "stop", "error", "cancelled"):
+    for what in (
+        "on_two_devices",
+        "preempted",
+        "prefix_hit_tokens",
+        "evictions",
+        "length",
+        "stop",
+        "error",
+        "cancelled",
+    ):
         assert seen[what] > 0, f"{what}: never seen in {seen}"
 
 
