@@ -33,11 +33,11 @@ def draw(shape, dtype, seed=0):
 
 
 def outputs(arrays, implementation, **options):
-    """out, lse and the gradients of q, k and v; lse of rows that see nothing as 0."""
+    """out, lse and the gradients of q, k and v; an lse of +inf, of a row that sees nothing, as 0."""
     q, k, v, dout, dlse = arrays
     run = functools.partial(attention, scale=SCALE, return_lse=True, implementation=implementation, **options)
     (out, lse), pull = jax.vjp(run, q, k, v)
-    seen = jnp.isfinite(lse)
+    seen = ~jnp.isposinf(lse)
     return out, jnp.where(seen, lse, 0.0), *pull((dout, jnp.where(seen, dlse, 0.0))), seen
 
 
@@ -96,6 +96,17 @@ def test_queries_and_keys_may_differ_in_number_without_causality():
     ids_BT = jnp.asarray(np.arange(70)[None] // 30 + 1, jnp.int32)
     ids_BS = jnp.asarray(np.arange(333)[None] // 120 + 1, jnp.int32)
     assert_equals_reference(arrays, BOUNDS["bfloat16"], causal=False, segments_BT=ids_BT, segments_BS=ids_BS)
+
+
+@interpreted
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_far_from_zero_overflow_nothing(sign, causal):
+    # Every scaled score is near +-400: exp of it, or of the distance of padding's score 0 from it, is infinite.
+    q, k, v, dout, dlse = draw(Shape(1, 70, 1, 64, 64), jnp.bfloat16)
+    arrays = (8 + 0.1 * q, sign * (8 + 0.1 * k), v, dout, dlse)
+    got = assert_equals_reference(arrays, BOUNDS["bfloat16"], causal=causal)
+    assert all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in got[:5])
 
 
 @interpreted

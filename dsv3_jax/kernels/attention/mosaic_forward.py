@@ -14,10 +14,8 @@ from jax import lax
 
 from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.attention import mosaic_tiles as mt
-from dsv3_jax.kernels.attention.mosaic_tiles import ROWS, WARPGROUPS, Plan
+from dsv3_jax.kernels.attention.mosaic_tiles import BLOCK, ROWS, WARPGROUPS, Plan
 from dsv3_jax.kernels.shim import pl, plgpu
-
-BLOCK = WARPGROUPS * ROWS
 
 
 def forward(
@@ -174,17 +172,15 @@ def forward(
         )
 
     q_BTHQ, k_BSGQ, v_BSGU = (mt.whole_tiles(x) for x in (q_BTHQ, k_BSGQ, v_BSGU))
-    out_BTHU, lse_BHT = shim.kernel(
+    out_BTHU, lse_BHT = mt.launch(
         attention_forward,
-        out_type=[
+        (q_BTHQ, k_BSGQ, v_BSGU, ids_BT, ids_BS, bounds_B2I),
+        [
             jax.ShapeDtypeStruct((*q_BTHQ.shape[:3], U), dtype),
             # Whole blocks: a copy of one row needs its array's rows aligned to 16 bytes.
             jax.ShapeDtypeStruct((B, H, blocks * BLOCK), jnp.float32),
         ],
-        grid=(B, H, blocks),
-        grid_names=("batch", "heads", "blocks"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        compiler_params=shim.compiler_params(approx_math=True),
-    )(q_BTHQ, k_BSGQ, v_BSGU, ids_BT, ids_BS, bounds_B2I)
+        (),
+        (B, H, blocks),
+    )
     return out_BTHU[:, :T], lse_BHT[:, :, :T]

@@ -19,6 +19,7 @@ from dsv3_jax.kernels.shim import pl, plgpu
 
 WARPGROUPS = 2
 ROWS = 64
+BLOCK = WARPGROUPS * ROWS
 LOG2_E = 1.4426950408889634
 
 # Registers a thread: 2 x 240 + 24 times 128 threads fill the 65,536 of a Hopper multiprocessor.
@@ -163,3 +164,23 @@ def accumulate(*terms: tuple[Any, Any, Any], meanwhile: Callable[[], None] = lam
 def _dot(a: Any, b: jax.Array) -> jax.Array:
     a = a if isinstance(a, jax.Array) else a[...]
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def launch(
+    kernel: Callable[..., None],
+    inputs: tuple[Any, ...],
+    out_type: Any,
+    scratch: Any,
+    grid: tuple[int, int, int],
+) -> Any:
+    """Run a kernel over a grid of (batch, heads, blocks), blocks varying fastest; inputs may be None."""
+    return shim.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("batch", "heads", "blocks"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        compiler_params=shim.compiler_params(approx_math=True),
+    )(*inputs)
