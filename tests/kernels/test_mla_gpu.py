@@ -85,9 +85,9 @@ def test_room_for_pieces_does_not_grow_with_the_table_for_ever():
 # --- interpreted -------------------------------------------------------------------------------------------
 
 
-def random_case(lengths, *, heads, page, table, tokens=1, seed=0):
+def random_case(lengths, *, heads, page, table, tokens=1, columns=192, seed=0):
     """Rows of those lengths, the last `tokens` of them queries; NaN in every slot that is not live."""
-    rng, B, J = np.random.default_rng(seed), len(lengths), 192
+    rng, B, J = np.random.default_rng(seed), len(lengths), columns
     pages_NPJ = np.full((B * table + 3, page, J), np.nan, np.float32)
     tables_BM = rng.permutation(len(pages_NPJ))[: B * table].reshape(B, table).astype(np.int32)
     positions_BT = np.full((B, tokens), -1, np.int32)
@@ -106,20 +106,28 @@ def random_case(lengths, *, heads, page, table, tokens=1, seed=0):
     )
 
 
+def options(arrays):
+    J = arrays[1].shape[2]
+    return dict(value_dim=J - 64, scale=0.2 * (192 / J) ** 0.5)
+
+
 def interpreted(arrays, *, races=False, **tiles):
-    function = functools.partial(paged_latent_attention, value_dim=128, scale=0.2, implementation="mosaic")
+    function = functools.partial(paged_latent_attention, **options(arrays), implementation="mosaic")
     instead = {"paged_latent_attention": {"least": 1, "most": 2, **tiles}}
     with shim.interpret(detect_races=races), tables.watching(instead):
         return np.asarray(jax.jit(lambda *a: function(*a))(*arrays), np.float32)
 
 
-def check(arrays, got):
+def reference_of(arrays):
     q, pages, *rest = arrays
-    want = np.asarray(
-        paged_latent_attention(
-            q.astype(jnp.float32), pages.astype(jnp.float32), *rest, value_dim=128, scale=0.2
-        )
+    want = paged_latent_attention(
+        q.astype(jnp.float32), pages.astype(jnp.float32), *rest, **options(arrays), implementation="reference"
     )
+    return np.asarray(want)
+
+
+def check(arrays, got):
+    want = reference_of(arrays)
     assert np.isfinite(got).all()
     # Weights and results are rounded to bfloat16 (2^-8); 0.003 was seen.
     np.testing.assert_allclose(got, want, atol=0.01 * np.abs(want).max())
@@ -135,8 +143,9 @@ def check(arrays, got):
         ([130, 0], dict(heads=128, page=64, table=3)),
         ([190, 2, 0], dict(heads=16, page=16, table=12, tokens=3)),  # 48 rows, some queries are padding
         ([200, 64], dict(heads=12, page=128, table=2)),  # rows padded to 16
+        ([17, 200], dict(heads=16, page=64, table=4, columns=576)),
     ],
-    ids=["16 heads", "128 heads", "three tokens, small pages", "12 heads, large pages"],
+    ids=["16 heads", "128 heads", "three tokens, small pages", "12 heads, large pages", "V3's columns"],
 )
 def test_interpreted_equals_the_reference_whatever_lies_in_dead_slots(lengths, options):
     arrays = random_case(lengths, **options)
