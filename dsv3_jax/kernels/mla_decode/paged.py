@@ -8,12 +8,16 @@ order; its table lists them: slot s of row b is `pages[tables[b, s // P], s % P]
 from __future__ import annotations
 
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels.mla_decode import paged_reference, pallas_gpu
+from dsv3_jax.kernels.mla_decode.int8_pages import Int8Pages
 from dsv3_jax.kernels.registry import Implementation, call, mosaic
+
+Pages = TypeVar("Pages", bound=jax.Array | Int8Pages)
 
 PAGED_LATENT_ATTENTION = {
     "mosaic": mosaic(
@@ -31,7 +35,7 @@ INDEX_SCORES = {"reference": Implementation(paged_reference.index_scores)}
 
 def paged_latent_attention(
     q_BTHJ: jax.Array,
-    pages_NPJ: jax.Array,
+    pages_NPJ: jax.Array | Int8Pages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
@@ -54,7 +58,8 @@ def paged_latent_attention(
 
     Args:
       q_BTHJ: queries: absorbed latent part (C), then rotated part (R).
-      pages_NPJ: the pages of all layers. Keep them float32 on CPU (see `latent_attention`).
+      pages_NPJ: the pages of all layers. Keep them float32 on CPU (see `latent_attention`), or `Int8Pages`, which
+        only the XLA implementations take.
       tables_BM: int32 ids of each row's pages, offset to the layer. Entries past a row's live length must be
         valid ids (0, for example); nothing is read through them.
       positions_BT: int32 position of each query, in any order; negative: padding, whose output is zero.
@@ -87,7 +92,7 @@ def paged_latent_attention(
         implementation,
         PAGED_LATENT_ATTENTION,
         jnp.asarray(q_BTHJ),
-        jnp.asarray(pages_NPJ),
+        _arrays(pages_NPJ),
         jnp.asarray(tables_BM, jnp.int32),
         jnp.asarray(positions_BT, jnp.int32),
         value_dim=value_dim,
@@ -98,13 +103,13 @@ def paged_latent_attention(
 
 
 def write_pages(
-    pages_NPJ: jax.Array,
+    pages_NPJ: Pages,
     new_BTJ: jax.Array,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
     implementation: str = "auto",
-) -> jax.Array:
+) -> Pages:
     """The pages with row b's tokens written to the slots `positions_BT[b]` of its table.
 
     Stays in place when the pages are donated, or carried by a scan over layers. Tokens at negative positions,
@@ -122,13 +127,12 @@ def write_pages(
       ValueError: shapes disagree, or the implementation is unknown.
     """
     _check_pages(pages_NPJ, tables_BM, positions_BT, new_BTJ.shape[:2], new_BTJ.shape[2])
-    pages_NPJ = jnp.asarray(pages_NPJ)
     return call(
         "write_pages",
         implementation,
         WRITE_PAGES,
-        pages_NPJ,
-        jnp.asarray(new_BTJ).astype(pages_NPJ.dtype),
+        _arrays(pages_NPJ),
+        jnp.asarray(new_BTJ),
         jnp.asarray(tables_BM, jnp.int32),
         jnp.asarray(positions_BT, jnp.int32),
     )
@@ -137,7 +141,7 @@ def write_pages(
 def paged_index_scores(
     q_BTYZ: jax.Array,
     weights_BTY: jax.Array,
-    pages_NPZ: jax.Array,
+    pages_NPZ: jax.Array | Int8Pages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
@@ -170,15 +174,23 @@ def paged_index_scores(
         INDEX_SCORES,
         jnp.asarray(q_BTYZ),
         jnp.asarray(weights_BTY),
-        jnp.asarray(pages_NPZ),
+        _arrays(pages_NPZ),
         jnp.asarray(tables_BM, jnp.int32),
         jnp.asarray(positions_BT, jnp.int32),
         block=block,
     )
 
 
+def _arrays(pages_NPJ: jax.Array | Int8Pages) -> jax.Array | Int8Pages:
+    return jax.tree.map(jnp.asarray, pages_NPJ)
+
+
 def _check_pages(
-    pages_NPJ: jax.Array, tables_BM: jax.Array, positions_BT: jax.Array, rows: tuple[int, ...], J: int
+    pages_NPJ: jax.Array | Int8Pages,
+    tables_BM: jax.Array,
+    positions_BT: jax.Array,
+    rows: tuple[int, ...],
+    J: int,
 ) -> None:
     B, T = rows
     if pages_NPJ.ndim != 3 or pages_NPJ.shape[2] != J:

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsv3_jax.kernels.mla_decode.int8_pages import Int8Pages, quantize, read_page
 from dsv3_jax.kernels.mla_decode.reference import QUERY_ROWS
 from dsv3_jax.kernels.registry import full_precision
 
 
 def latent_attention(
     q_BTHJ: jax.Array,
-    pages_NPJ: jax.Array,
+    pages_NPJ: jax.Array | Int8Pages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
@@ -105,16 +106,21 @@ def latent_attention(
 
 
 def live_slots(
-    pages_NPJ: jax.Array, tables_BM: jax.Array, row: jax.Array, first: jax.Array, count: int, last: jax.Array
+    pages_NPJ: jax.Array | Int8Pages,
+    tables_BM: jax.Array,
+    row: jax.Array,
+    first: jax.Array,
+    count: int,
+    last: jax.Array,
 ) -> jax.Array:
     """[count * P, J]: a row's pages `first`, `first + 1`, ... up to slot `last`; zeros from there on.
 
     Only pages that the row owns are read, and what an earlier owner left behind `last` in its last page is
     wiped: a weight of zero does not silence a NaN.
     """
-    P, J = pages_NPJ.shape[1:]
+    P = pages_NPJ.shape[1]
     indices = [jnp.minimum(first + i, last // P) for i in range(count)]
-    parts = [lax.dynamic_slice(pages_NPJ, (tables_BM[row, index], 0, 0), (1, P, J))[0] for index in indices]
+    parts = [read_page(pages_NPJ, tables_BM[row, index]) for index in indices]
     keys_SJ = parts[0] if count == 1 else jnp.concatenate(parts)
     slots_S1 = first * P + jnp.arange(count * P, dtype=jnp.int32)[:, None]
     return jnp.where(slots_S1 <= last, keys_SJ, 0)
@@ -123,7 +129,7 @@ def live_slots(
 def index_scores(
     q_BTYZ: jax.Array,
     weights_BTY: jax.Array,
-    pages_NPZ: jax.Array,
+    pages_NPZ: jax.Array | Int8Pages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
@@ -159,12 +165,19 @@ def index_scores(
 
 
 def write_pages(
-    pages_NPJ: jax.Array, new_BTJ: jax.Array, tables_BM: jax.Array, positions_BT: jax.Array
-) -> jax.Array:
+    pages_NPJ: jax.Array | Int8Pages, new_BTJ: jax.Array, tables_BM: jax.Array, positions_BT: jax.Array
+) -> jax.Array | Int8Pages:
     """See `paged.write_pages`. A scatter of whole vectors, which XLA does in place on a donated carry."""
     N, P, _ = pages_NPJ.shape
     M = tables_BM.shape[1]
     pages_BT = jnp.take_along_axis(tables_BM, jnp.clip(positions_BT // P, 0, M - 1), axis=1)
     written_BT = (positions_BT >= 0) & (positions_BT < M * P)
     pages_BT = jnp.where(written_BT, pages_BT, N)  # N is out of bounds: dropped
-    return pages_NPJ.at[pages_BT, positions_BT % P].set(new_BTJ, mode="drop")
+    at = (pages_BT, positions_BT % P)
+    if isinstance(pages_NPJ, Int8Pages):
+        codes_BTJ, scales_BT = quantize(new_BTJ)
+        return Int8Pages(
+            pages_NPJ.codes_NPJ.at[at].set(codes_BTJ, mode="drop"),
+            pages_NPJ.scales_NP.at[at].set(scales_BT, mode="drop"),
+        )
+    return pages_NPJ.at[at].set(new_BTJ.astype(pages_NPJ.dtype), mode="drop")
