@@ -1,4 +1,4 @@
-"""Benchmark of the engine: `python -m benchmarks.engine` (`--transformers` needs the extra `parity`).
+"""Benchmark of the engine: `python -m benchmarks.engine` (the part `transformers` needs the extra `parity`).
 
 The ~113M-parameter shape of benchmarks/cpu.py, float32, two threads, random weights. Rivals take turns; ratios are
 per round.
@@ -83,17 +83,17 @@ class Bench:
     def prompt(self) -> np.ndarray:
         return self.rng.integers(2, self.cfg.vocab_size, PROMPT).astype(np.int32)
 
-    def engine(self, rows: int, steps_per_call: int = STEPS) -> Engine:
+    def engine(self, rows: int) -> Engine:
         options = EngineOptions(
-            rows=rows, context=512, steps_per_call=steps_per_call, max_logprobs=None, prefix_cache=False
+            rows=rows, context=512, steps_per_call=STEPS, max_logprobs=None, prefix_cache=False
         )
         engine = Engine(self.cfg, self.weights, options=options)
         engine.warm()
         return engine
 
-    def full(self, rows: int, steps_per_call: int) -> Engine:
+    def full(self, rows: int) -> Engine:
         """An engine whose every row decodes, with room for many more tokens."""
-        engine = self.engine(rows, steps_per_call)
+        engine = self.engine(rows)
         sampling = Sampling(max_new_tokens=512 - PROMPT, ignore_eos=True)
         for _ in range(rows):
             engine.submit(Request(self.prompt(), sampling))
@@ -102,9 +102,9 @@ class Bench:
         engine.step()
         return engine
 
-    def decode(self, rows: int, rounds: int) -> dict[str, Any]:
+    def decode(self, engine: Engine, rounds: int) -> dict[str, Any]:
         """Tokens/s of the engine and of the plain loop."""
-        engine = self.full(rows, STEPS)
+        rows = engine.options.rows
         cache = make_cache(self.cfg, rows, 512)
         position_B = jnp.full((rows,), PROMPT, jnp.int32)
         token_B = jnp.asarray(self.rng.integers(2, self.cfg.vocab_size, rows), jnp.int32)
@@ -127,12 +127,13 @@ class Bench:
             "ratio": paired_ratio(seconds["engine"], seconds["plain"]),
         }
 
-    def overhead(self, rows: int, rounds: int) -> dict[str, Any]:
+    def overhead(self, engine: Engine, rounds: int) -> dict[str, Any]:
         """A step that gives each row one token: all of it, and what is not the device's call.
 
         The call is timed inside the step, so that both are of the same moment on a machine whose speed drifts.
         """
-        engine = self.full(rows, 1)
+        for sequence in engine.scheduler.running:
+            sequence.one_by_one = True  # as if every request were streamed
         device, shares, steps = engine._device, [], []
         call = device.decode
 
@@ -262,7 +263,8 @@ def main() -> None:
     """Run everything and write results/engine.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--transformers", action="store_true")
+    parts = ("first", "decode", "tiles", "transformers")
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts)
     parser.add_argument("--output", default="engine")
     args = parser.parse_args()
     cfg, _ = load_model_config(CONFIG)
@@ -274,18 +276,21 @@ def main() -> None:
         "overhead": {},
         "tiles": {},
     }
-    for rows in CONCURRENT:
-        result["decode"][str(rows)] = bench.decode(rows, args.rounds)
-        result["overhead"][str(rows)] = bench.overhead(rows, 10 * args.rounds)
-        print(rows, result["decode"][str(rows)], result["overhead"][str(rows)], flush=True)
+    if "first" in args.only:
+        result["first_token"] = bench.first_token(16, args.rounds)
+        print("first token", result["first_token"], flush=True)
         write(args.output, result)  # after each: what was measured survives a kill
-    for shape in TILES:
+    for rows in CONCURRENT if "decode" in args.only else ():
+        engine = bench.full(rows)
+        result["decode"][str(rows)] = bench.decode(engine, args.rounds)
+        result["overhead"][str(rows)] = bench.overhead(engine, 10 * args.rounds)
+        print(rows, result["decode"][str(rows)], result["overhead"][str(rows)], flush=True)
+        write(args.output, result)
+    for shape in TILES if "tiles" in args.only else ():
         result["tiles"][f"{shape[0]} x {shape[1]}"] = found = bench.tiles(shape, args.rounds)
         print("tiles", shape, found, flush=True)
-    result["first_token"] = bench.first_token(16, args.rounds)
-    print("first token", result["first_token"], flush=True)
     path = write(args.output, result)
-    if args.transformers:
+    if "transformers" in args.only:
         result["transformers"] = transformers_rivals(args.rounds)
         print("transformers", result["transformers"], flush=True)
         path = write(args.output, result)
