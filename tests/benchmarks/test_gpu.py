@@ -107,10 +107,10 @@ def test_a_record_adds_what_was_shown_and_takes_away_what_was_not(tmp_path, monk
     assert list(json.loads(path.read_text())["H200"]["toy"]["mosaic"]) == ["w128"]
 
 
-def test_every_small_case_runs_with_the_reference_within_its_bound():
+def test_small_cases_run_with_the_reference_within_their_bounds():
     cases = [case for case in all_cases() if case.size == "small"]
     assert cases
-    for case in cases[:: max(1, len(cases) // 6)]:
+    for case in cases[:: max(1, len(cases) // 3)]:
         row = kernels.run_case(case, 3, 1, PEAKS, with_rivals=False)
         assert row["implementations"]["reference"]["right"], (case.name, row)
 
@@ -125,6 +125,7 @@ def test_times_and_ceilings_are_positive_and_inputs_rotate():
     assert peaks["bytes_per_s"] > 0 and peaks["flops_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_whole_programs_run_at_tiny_sizes():
     found = train.run(True, ("reference",), 1, rival=False)
     assert found["ours"]["reference"]["tokens_per_s"] > 0
