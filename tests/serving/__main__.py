@@ -87,9 +87,8 @@ def sigterm_part(checkpoint: Path, full: bool, seed: int) -> tuple[Result, bool]
     rounds = []
     for number in range(5 if full else 1):
         with server(checkpoint, "--rows", "4") as process:
-            rounds.append(trials.sigterm_trial(process, count=20 + 4 * number, tokens=150))
-    right = all(one["finished_whole"] == one["accepted"] and one["exit_code"] == 0 for one in rounds)
-    return {"rounds": rounds}, right
+            rounds.append(trials.sigterm_trial(process, count=20 + 8 * number, tokens=200))
+    return {"rounds": rounds}, all(map(trials.ended_well, rounds))
 
 
 RUN = {
@@ -131,9 +130,9 @@ def main() -> int:
                 flush=True,
             )
             bad += [] if right else [part]
-    results["environment"] = environment()
-    args.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+            results["environment"] = environment()
+            args.output.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{path}: {'all right' if not bad else 'wrong: ' + ', '.join(bad)}")
     return 1 if bad else 0
 
