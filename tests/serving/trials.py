@@ -21,9 +21,9 @@ Result = dict[str, Any]
 IDLE = ("running", "waiting", "pages_used", "accepted_sequences")
 
 
-def gauges(server: fake.Process) -> dict[str, float]:
+def gauges(server: fake.Process, http: httpx.Client | None = None) -> dict[str, float]:
     """The numbers of /metrics that have no labels."""
-    page = httpx.get(f"{server.url}/metrics", timeout=30).text
+    page = (http or httpx).get(f"{server.url}/metrics", timeout=30).text
     rows = [line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("dsv3_") and "{" not in line]
     return {name.removeprefix("dsv3_"): float(value) for name, value in rows}
 
@@ -197,7 +197,7 @@ def sigterm_trial(server: fake.Process, count: int, tokens: int) -> Result:
     def one(number: int) -> str:
         body = {"prompt": "y" * 8, "max_new_tokens": tokens, "ignore_eos": True, "stream": number % 2 == 0}
         try:
-            response = httpx.post(f"{server.url}/generate", json=body, timeout=60)
+            response = http.post(f"{server.url}/generate", json=body)
         except httpx.ConnectError:
             return "refused"
         except httpx.HTTPError as error:
@@ -210,10 +210,11 @@ def sigterm_trial(server: fake.Process, count: int, tokens: int) -> Result:
         whole = found[-1]["completion_tokens"] == tokens and found[-1]["finish_reason"] == "length"
         return "finished" if whole else f"cut: {found[-1]['finish_reason']}"
 
-    with ThreadPoolExecutor(count) as pool:
+    limits = httpx.Limits(max_connections=count + 1)
+    with httpx.Client(timeout=60, limits=limits) as http, ThreadPoolExecutor(count) as pool:
         asked = [pool.submit(one, number) for number in range(count)]
         deadline = time.monotonic() + 20
-        while (accepted := gauges(server)["accepted_sequences"]) < count / 2:
+        while (accepted := gauges(server, http)["accepted_sequences"]) < count / 2:
             assert time.monotonic() < deadline, "the requests did not arrive, or ended too early"
             time.sleep(0.01)
         server.terminate()
