@@ -31,7 +31,7 @@ from tests.serving import fake, fuzz, trials
 Result = dict[str, Any]
 PARTS = ("corpus", "fuzz", "disconnects", "load", "sigterm")
 MODEL = "tiny"
-FLAGS = "--port 0 --page-size 16 --prefill-tiles 4 --tile 8 --max-queue 200 --model-id tiny".split()
+FLAGS = "--port 0 --page-size 16 --prefill-tiles 4 --tile 8 --max-queue 200 --max-reserved-tokens 100000 --model-id tiny".split()
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def sigterm_part(checkpoint: Path, full: bool, seed: int) -> tuple[Result, bool]
     """An end under load."""
     rounds = []
     for number in range(5 if full else 1):
-        with server(checkpoint, "--rows", "4") as process:
+        with server(checkpoint, "--rows", "1") as process:
             rounds.append(trials.sigterm_trial(process, count=20 + 8 * number, tokens=200))
     return {"rounds": rounds}, all(map(trials.ended_well, rounds))
 

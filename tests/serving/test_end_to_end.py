@@ -19,7 +19,7 @@ from tests.inference import tiny
 from tests.serving import fake, trials
 from tests.serving.inside import application, events
 
-FLAGS = "--port 0 --rows 4 --page-size 16 --prefill-tiles 4 --tile 8 --max-queue 60 --model-id tiny".split()
+FLAGS = "--port 0 --rows 4 --page-size 16 --prefill-tiles 4 --tile 8 --max-queue 60 --max-reserved-tokens 100000 --model-id tiny".split()
 
 
 @pytest.fixture(scope="module")
@@ -216,5 +216,5 @@ def test_disconnects_free_real_pages_within_a_step(engine: Any) -> None:
 
 
 def test_sigterm_finishes_and_exits_0(server: fake.Process) -> None:
-    found = trials.sigterm_trial(server, count=12, tokens=200)
+    found = trials.sigterm_trial(server, count=40, tokens=200)
     assert trials.ended_well(found), found
