@@ -31,7 +31,8 @@ from tests.serving import fake, fuzz, trials
 Result = dict[str, Any]
 PARTS = ("corpus", "fuzz", "disconnects", "load", "sigterm")
 MODEL = "tiny"
-FLAGS = "--port 0 --page-size 16 --prefill-tiles 4 --tile 8 --max-queue 200 --max-reserved-tokens 100000 --model-id tiny".split()
+FLAGS = "--port 0 --page-size 16 --prefill-tiles 4 --tile 8 --max-queue 200 --model-id tiny".split()
+FLAGS += ["--max-reserved-tokens", "100000"]
 
 
 @contextmanager

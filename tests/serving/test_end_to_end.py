@@ -19,7 +19,8 @@ from tests.inference import tiny
 from tests.serving import fake, trials
 from tests.serving.inside import application, events
 
-FLAGS = "--port 0 --rows 4 --page-size 16 --prefill-tiles 4 --tile 8 --max-queue 60 --max-reserved-tokens 100000 --model-id tiny".split()
+FLAGS = "--port 0 --rows 4 --page-size 16 --prefill-tiles 4 --tile 8 --max-queue 60 --model-id tiny".split()
+FLAGS += ["--max-reserved-tokens", "100000"]
 
 
 @pytest.fixture(scope="module")
