@@ -162,7 +162,7 @@ class Bench:
 
     def first_token(self, rows: int, rounds: int) -> dict[str, Any]:
         """Seconds from submit to first token of a request that comes while rows - 1 others decode."""
-        engine = self.engine(rows, STEPS)
+        engine = self.engine(rows)
         going: set[int] = set()
         waits = []
         sampling = Sampling(max_new_tokens=256, ignore_eos=True)
