@@ -295,7 +295,7 @@ class Engine:
         gave_nTB = gave_TB[: len(gave_TB) // width * width].reshape(-1, width, gave_TB.shape[1])
         live_nB = gave_nTB.any(axis=1)
         turns = int(live_nB.any(axis=1).sum())
-        self._pace.took(drafted, seconds, turns, gave_nTB.sum() / max(int(live_nB.sum()), 1))
+        self._pace.took(drafted, seconds, turns, float(gave_nTB.sum() / max(int(live_nB.sum()), 1)))
         if rows.kept_2 is not None:
             self._stats.drafted += int(rows.kept_2[0])
             self._stats.accepted += int(rows.kept_2[1])
