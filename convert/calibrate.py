@@ -58,7 +58,9 @@ class Calibrated:
     def __init__(
         self, source: Source, formats: dict[str, str], text: Path, tokens: int, *, quiet: bool = True
     ) -> None:
-        self._source, self._formats, self._quiet = source, formats, quiet
+        # A leaf that stays in the format it is stored in is not rounded: it multiplies with the values it has.
+        self._formats = {path: fmt for path, fmt in formats.items() if source.formats.get(path) != fmt}
+        self._source, self._quiet = source, quiet
         self._cfg = dataclasses.replace(
             source.cfg,
             dtype="float32",
@@ -114,8 +116,10 @@ class Calibrated:
         self._moments.clear()
         columns = {entry.path: entry.hf_shape[-1] for entry in entries}
         recorded = {
-            path: Recorded(jnp.asarray(leaf), path, self._moments.add, columns[path])
-            if path in self._formats and _fits(path, columns[path], leaf.shape)
+            path: Recorded(
+                jnp.asarray(leaf), path, self._moments.add, columns[path], _apart(columns[path], leaf.shape)
+            )
+            if path in self._formats
             else leaf
             for path, leaf in leaves.items()
         }
@@ -207,9 +211,9 @@ def _layer(cfg: Any, kind: Kind, variables: Any, x_BTD: jax.Array) -> jax.Array:
     return x_BTD
 
 
-def _fits(path: str, columns: int, shape: tuple[int, ...]) -> bool:
-    """Whether the moments of a leaf may be held: those of experts are one matrix each."""
-    return "/experts/" not in path or shape[0] * columns * columns * 12 <= MOST_EXPERT_BYTES
+def _apart(columns: int, shape: tuple[int, ...]) -> bool:
+    """Whether experts have moments of their own: those of all, float32 on the device and float64 here, may be held."""
+    return shape[0] * columns * columns * 12 <= MOST_EXPERT_BYTES
 
 
 def read_tokens(
@@ -234,7 +238,7 @@ def read_tokens(
     tokenizer = None if source.tokenizer_dir is None else Tokenizer.load(source.tokenizer_dir)
     tokenizer = tokenizer or Tokenizer.bytes()
     ids = np.asarray(tokenizer.encode_text(content[: tokens * 16]), np.int32)[:tokens]
-    length = min(SEQUENCE, source.cfg.max_position_embeddings)
+    length = min(SEQUENCE, source.cfg.max_position_embeddings, tokens)
     if len(ids) < length:
         raise ConfigError(f"{flag} {text}: {len(ids)} tokens; at least {length} needed")
     if int(ids.max()) >= source.cfg.vocab_size:

@@ -1,6 +1,6 @@
 """Compare two checkpoints on a text: what a quantisation (or a cast) costs in quality.
 
-    python -m convert.compare REFERENCE OTHER --text FILE [--tokens 16384] [--json OUT]
+    python -m convert.compare REFERENCE OTHER --text FILE [--tokens 16384] [--json-output OUT]
 
 Both run as they are stored, quantised weights as codes. Printed for the text's tokens, in windows of at most 512:
 perplexity of each and their ratio, Kullback-Leibler divergence KL(reference || other) in nats a token (mean, median and

@@ -41,16 +41,20 @@ class Moments:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["name", "add", "columns"]
+    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["name", "add", "columns", "apart"]
 )
 @dataclasses.dataclass(frozen=True)
 class Recorded(Multiplying):
-    """`array`, whose inputs go to `add(name, sum of x x^T, number of x)`; several matrices share their inputs."""
+    """`array`, whose inputs go to `add(name, sum of x x^T, number of x)`; several matrices share their inputs.
+
+    apart: whether experts tell their moments each, or all of them one.
+    """
 
     array: Array
     name: str
     add: Callable[[str, np.ndarray, np.ndarray], None]
     columns: int
+    apart: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -63,20 +67,27 @@ class Recorded(Multiplying):
     def product(self, x_NK: Array) -> Array:
         """See `Multiplying`."""
         x = x_NK.astype(jnp.float32)
-        moment = jnp.einsum("NJ,NK->JK", x, x, precision=full_precision(jnp.float32))
-        self._tell(moment, jnp.int32(len(x)))
+        self._tell(_moment(x), jnp.int32(len(x)))
         weight = self.array.reshape(-1, self.columns).astype(x_NK.dtype)
         return jnp.einsum("NK,RK->NR", x_NK, weight, precision=full_precision(x_NK.dtype))
 
     def grouped(self, x_ND: Array, group_sizes_E: Array) -> Array:
         """See `Multiplying`."""
         x = x_ND.astype(jnp.float32)
-        self._tell(_weight_gradient(x, x, group_sizes_E, jnp.float32), group_sizes_E)
+        if self.apart:
+            self._tell(_weight_gradient(x, x, group_sizes_E, jnp.float32), group_sizes_E)
+        else:
+            x = jnp.where((jnp.arange(len(x)) < group_sizes_E.sum())[:, None], x, 0)
+            self._tell(_moment(x), group_sizes_E.sum())
         E = self.array.shape[0]
         return grouped_matmul(x_ND, self.array.reshape(E, -1, self.columns).astype(x_ND.dtype), group_sizes_E)
 
     def _tell(self, moment: Array, count: Array) -> None:
         io_callback(functools.partial(_add, self.add, self.name), None, moment, count)
+
+
+def _moment(x: Array) -> Array:
+    return jnp.einsum("NJ,NK->JK", x, x, precision=full_precision(jnp.float32))
 
 
 def _add(add: Callable[..., None], name: str, moment: Any, count: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 
 from convert import calibrate, compare, from_hf, quantize
 from dsv3_jax.checkpoint import validate_step
-from dsv3_jax.checkpoint.source import open_source
+from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.hf.rules import flatten_paths
+from dsv3_jax.hf.rules import HFEntry, flatten_paths
 from dsv3_jax.quantization import formats
 from dsv3_jax.quantization.choose import choose_formats
 from dsv3_jax.quantization.formats import parse_format
@@ -121,6 +122,72 @@ def test_calibration_sees_what_each_matrix_is_multiplied_with(
     list(calibrated.pieces(last, "codes"))
     counts, sums = (getattr(calibrated._moments, name)[last.path] for name in ("counts", "sums"))
     assert counts.sum() == 1024 * source.cfg.num_experts_per_tok and sums.shape == (12, 32, 32)
+
+
+@pytest.fixture
+def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A text of 256 tokens, in sequences of 64."""
+    text = np.random.default_rng(0).integers(32, 96, 256).astype(np.uint8).tobytes().decode()
+    (tmp_path / "text").write_text(text)
+    monkeypatch.setattr(calibrate, "SEQUENCE", 64)
+    monkeypatch.setattr(calibrate.Tokenizer, "bytes", classmethod(lambda cls: Ascii()))
+    return tmp_path / "text"
+
+
+def _calibrated(folder: Path, fmt: str, text: Path, path: str) -> tuple[calibrate.Calibrated, np.ndarray]:
+    """Experts alone calibrated, and the codes of the last tensor of a leaf's first layer."""
+    source = open_source(folder, folders.abstract_variables)
+    columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
+    chosen, _ = choose_formats(columns, source.formats, parse_format(fmt), ["experts"])
+    found = calibrate.Calibrated(source, chosen, text, 256)
+    return found, np.concatenate(list(found.pieces(_last(source, path), "codes")))
+
+
+def _last(source: Source, path: str) -> HFEntry:
+    """The last tensor of a leaf's first layer."""
+    return [entry for entry in source.entries if entry.path == path and entry.index[0] == 0][-1]
+
+
+EXPERTS = "params/moe/mlp/experts/gate_up_EPFD"
+
+
+def test_experts_whose_moments_do_not_fit_share_them(
+    hf: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart, _ = _calibrated(hf, "int8", calibration, EXPERTS)
+    monkeypatch.setattr(calibrate, "MOST_EXPERT_BYTES", 0)
+    together, codes = _calibrated(hf, "int8", calibration, EXPERTS)
+    found, want = together._moments.sums[EXPERTS], apart._moments.sums[EXPERTS].sum(0)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    assert together._moments.counts[EXPERTS] == apart._moments.counts[EXPERTS].sum() > 0
+    source = open_source(hf, folders.abstract_variables)
+    last = source.tensors[_last(source, EXPERTS).name]
+    nearest = formats.quantize(last.read("F32"), parse_format("int8"))
+    assert codes.tobytes() != nearest.codes.tobytes()
+
+
+def test_leaves_that_stay_fp8_are_calibrated_with_as_they_are(tmp_path: Path, calibration: Path) -> None:
+    """What the experts see is what they see in the same model, its FP8 weights spelled out."""
+    raw, tensors = folders.tensors_of("v3")
+    raw |= {"vocab_size": 96}
+    coded = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    folders.write(
+        tmp_path / "hf", {**raw, "quantization_config": coded}, folders.quantized(tensors, (16, 16))
+    )
+    from_hf.convert(tmp_path / "hf", tmp_path / "plain", dtype="float32")
+    kept, _ = _calibrated(tmp_path / "hf", "int8", calibration, EXPERTS)
+    plain, _ = _calibrated(tmp_path / "plain", "int8", calibration, EXPERTS)
+    want = plain._moments.sums[EXPERTS]
+    np.testing.assert_allclose(kept._moments.sums[EXPERTS], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def test_few_tokens_are_one_short_sequence(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least number of tokens that is taken gives something, in a model of a longer context."""
+    (tmp_path / "text").write_text("a" * 1000)
+    monkeypatch.setattr(calibrate.Tokenizer, "bytes", classmethod(lambda cls: Ascii()))
+    source = open_source(hf, folders.abstract_variables)
+    source = dataclasses.replace(source, cfg=dataclasses.replace(source.cfg, max_position_embeddings=4096))
+    assert calibrate.read_tokens(source, tmp_path / "text", 256).shape == (1, 256)
 
 
 def test_a_model_is_like_itself(hf: Path, tmp_path: Path) -> None:
