@@ -214,6 +214,8 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Admit, compute a call of prompt tiles and one of the decode step, and say what came of it."""
+        if self._records:
+            self.warm()  # before any clock runs: no rate and no wait of the counts holds compiling
         updates = {update.ticket: update for update in self._ready}
         self._ready = []
         plan = self.scheduler.plan()

@@ -297,6 +297,29 @@ def test_nothing_is_compiled_after_the_start(monkeypatch: pytest.MonkeyPatch) ->
         jax.monitoring.clear_event_listeners()
 
 
+def test_the_counts_leave_compiling_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that nobody warmed compiles in its first step, before a clock of the counts runs."""
+    engine = tiny.engine("v3")
+    began: list[str] = []
+    timed = type(engine.stats).timed
+
+    def clock(stats: Any, phase: Any) -> Any:
+        began.append(phase)
+        return timed(stats, phase)
+
+    def compiling(*args: Any, **how: Any) -> Any:
+        assert not began and not any(record.admitted for record in engine._records.values())
+        compiled.append(args)
+        return compile_one(*args, **how)
+
+    compiled: list[Any] = []
+    compile_one = engine._device.programs.compile
+    monkeypatch.setattr(type(engine.stats), "timed", clock)
+    monkeypatch.setattr(engine._device.programs, "compile", compiling)
+    tiny.finish(engine, [Request(tiny.prompt(5), Sampling(max_new_tokens=2))])
+    assert compiled and set(began) == {"prefill", "decode"}
+
+
 def test_many_short_prompts_do_not_wait_for_a_long_one(engine: Engine) -> None:
     long = engine.submit(Request(tiny.prompt(200), Sampling(max_new_tokens=5)))
     short = [engine.submit(Request(tiny.prompt(5, at), Sampling(max_new_tokens=5))) for at in range(3)]
