@@ -231,10 +231,8 @@ def _generating(app: FastAPI, service: Service) -> None:
             if given.messages is not None:
                 prompt = await service.render(data["messages"], request_id=request.scope["request_id"])
             else:
-                prompt = await service.encode(
-                    given.prompt if given.prompt is not None else given.prompt_token_ids or [],
-                    request.scope["request_id"],
-                )
+                param = "prompt" if given.prompt is not None else "prompt_token_ids"
+                prompt = await service.encode(getattr(given, param), request.scope["request_id"], param)
             guide = await guide_for(given, prompt.primer, service)
             plain = dataclasses.replace(prompt, primer=[])  # the text is that of the ids, and no more
             return [Ask(plain, most, guide=guide)], GenerateShape(show_ids=service.filter is None)

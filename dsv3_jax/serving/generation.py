@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from dsv3_jax.serving.api_errors import ApiError, bad_request
 from dsv3_jax.serving.metrics import Metrics
 from dsv3_jax.serving.text import Delta, TextStream
 from dsv3_jax.serving.worker import Worker
+
+LOG = logging.getLogger("dsv3_jax.serving")
 
 
 @dataclasses.dataclass
@@ -101,6 +104,8 @@ class Choice:
             self._news.logprobs += entries
         if self.text.finish_reason is not None and update.finish_reason is None:
             self.owner.worker.cancel(self)
+        if update.finish_reason == "error":
+            LOG.error("request %s, answer %d: %s", self.owner.request_id, self.index, update.error)
         if self.text.finish_reason is not None or update.finish_reason is not None:
             self.end(update.finish_reason or "stop")
         self.owner.wake()
@@ -147,8 +152,10 @@ class Generation:
         metrics: Metrics,
         reservation: Reservation,
         began: float,
+        request_id: str = "",
     ) -> None:
-        self.choices = list(choices)
+        """`request_id`: what the log names."""
+        self.choices, self.request_id = list(choices), request_id
         self.worker, self.metrics, self.began = worker, metrics, began
         self._reservation = reservation
         self._waiting = len(self.choices)

@@ -133,22 +133,22 @@ class Service:
         except DataError:
             raise bad_request("the text cannot be encoded by this model's tokenizer") from None
 
-    async def encode(self, prompt: str | list[int], request_id: str = "") -> Prompt:
-        """A completion's prompt, what the filter hides replaced."""
+    async def encode(self, prompt: str | list[int], request_id: str = "", param: str = "prompt") -> Prompt:
+        """A completion's prompt, what the filter hides replaced. `param`: the field that an error names."""
         if isinstance(prompt, str):
             bos, text = self.model.bos_id, await self._seen(prompt, request_id)
             return Prompt(
                 await self.text(lambda: self.model.tokenizer.encode_prompt(text, bos)), [], tools=False
             )
         if max(prompt) >= self.model.vocab_size:
-            raise bad_request(f"token ids must be below {self.model.vocab_size}", "prompt")
+            raise bad_request(f"token ids must be below {self.model.vocab_size}", param)
         if self.filter is not None:
             text = self.model.tokenizer.decode(prompt)
             if await self._seen(text, request_id) != text:
                 told = (
                     "the server's content filter would change this input, which it cannot in ids: send text"
                 )
-                raise bad_request(told, "prompt", "content_filter")
+                raise bad_request(told, param, "content_filter")
         return Prompt(prompt, [], tools=False)
 
     async def render(
@@ -254,7 +254,7 @@ class Service:
                 choices.append(Choice(number * n + own, request, text, bool(options.stream)))
         tokens = sum(len(choice.request.ids) + choice.request.sampling.max_new_tokens for choice in choices)
         reservation.add(tokens)
-        generation = Generation(choices, self.worker, self.metrics, reservation, began)
+        generation = Generation(choices, self.worker, self.metrics, reservation, began, request_id)
         try:
             await generation.start()
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import time
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from dsv3_jax.inference import EngineOptions
+from dsv3_jax.serving.__main__ import Flags
 from dsv3_jax.serving.admission import Admission
 from dsv3_jax.serving.api_errors import ApiError
 from dsv3_jax.serving.settings import Settings
@@ -274,3 +277,50 @@ def test_choices_of_one_request_have_seeds_of_their_own_and_the_same_ones_again(
             assert seeds[-1] == 0
 
     asyncio.run(run())
+
+
+class Failing(FakeEngine):
+    """Whose answers end with an error."""
+
+    def _advance(self, ticket: int) -> Any:
+        update = super()._advance(ticket)
+        update.finish_reason, update.error = "error", "the logits after token 3 are not finite"
+        self._drop(ticket)
+        return update
+
+
+def test_why_an_answer_failed_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with application(Failing()) as inside:
+            status, body = await inside.post("/generate", ask(3))
+            assert status == 200 and json.loads(body)["finish_reason"] == "error"
+
+    asyncio.run(main())
+    (record,) = (record for record in caplog.records if record.name == "dsv3_jax.serving")
+    assert "answer 0: the logits after token 3 are not finite" in record.getMessage()
+
+
+@pytest.mark.parametrize("field", ["prompt", "prompt_token_ids"])
+def test_an_unknown_id_is_told_under_the_name_of_its_field(field: str) -> None:
+    path, more = ("/generate", {}) if field == "prompt_token_ids" else ("/v1/completions", {"model": "fake"})
+
+    async def main() -> None:
+        async with application(FakeEngine()) as inside:
+            status, body = await inside.post(path, {field: [5, 258], **more})
+            assert (status, json.loads(body)["error"]["param"]) == (400, field)
+
+    asyncio.run(main())
+
+
+def test_the_sizes_of_the_engine_are_the_servers_where_no_flag_says_otherwise() -> None:
+    for field in dataclasses.fields(EngineOptions):
+        if field.name in (
+            "rows",
+            "page_size",
+            "pages",
+            "prefill_tiles",
+            "tile",
+            "prefix_cache",
+            "speculative",
+        ):
+            assert getattr(Flags(), field.name) == getattr(EngineOptions(), field.name), field.name
