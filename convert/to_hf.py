@@ -45,7 +45,7 @@ from dsv3_jax.hf.plan import is_router
 from dsv3_jax.hf.tensors import FP8, StoredTensor
 from dsv3_jax.hf.writer import ShardLayout, natural_key, parse_size, plan_shards, write_headers
 from dsv3_jax.quantization.choose import chosen_leaves
-from dsv3_jax.quantization.formats import Format
+from dsv3_jax.quantization.formats import FP8_BLOCK, Format, parse_format
 from dsv3_jax.quantization.streamed import quantized_pieces
 
 
@@ -157,7 +157,10 @@ def _as_stored(tensor: StoredTensor) -> dict[str, Exported]:
 
 
 def hf_config(source: Source, tensors: dict[str, Exported]) -> dict[str, Any]:
-    """config.json of the export: `torch_dtype` is what most of its other weights are, FP8 has its own entry."""
+    """config.json of the export: `torch_dtype` is what most of its other weights are, FP8 has its own entry.
+
+    Raises ConfigError for FP8 weights with scales of different blocks: the entry names one size.
+    """
     sizes: collections.Counter[str] = collections.Counter()
     for name, tensor in tensors.items():
         if tensor.dtype in TORCH_NAMES and not name.endswith(SCALE_SUFFIX):
@@ -166,13 +169,28 @@ def hf_config(source: Source, tensors: dict[str, Exported]) -> dict[str, Any]:
     coded = [entry for entry in source.entries if tensors[entry.name].dtype == FP8]
     quantization = None
     if coded:
-        kept = {source.formats[entry.path] for entry in coded if entry.path in source.formats}
-        recorded = (raw or {}).get("quantization_config")
-        quantization = recorded if kept and recorded else dict(QUANTIZATION_CONFIG)
+        coded_as = {source.formats.get(entry.path, "fp8") for entry in coded}
+        blocks = {_block(fmt) for fmt in coded_as}
+        if len(blocks) > 1:
+            raise ConfigError(
+                f"{source.folder}: FP8 weights with scales of blocks {sorted(blocks)}, of which a Hugging Face folder "
+                "names one: --dtype bfloat16 or float32 expected"
+            )
+        recorded, size = (raw or {}).get("quantization_config") or {}, list(*blocks)
+        as_recorded = recorded.get("weight_block_size") == size
+        quantization = recorded if as_recorded else {**QUANTIZATION_CONFIG, "weight_block_size": size}
     if raw is not None:
         raw.pop("quantization_config", None)
     config = to_hf_config(source.cfg, raw, dtype=TORCH_NAMES[sizes.most_common(1)[0][0]])
     return config if quantization is None else {**config, "quantization_config": quantization}
+
+
+def _block(text: str) -> tuple[int, int]:
+    """Rows and columns that share a scale in the export of a leaf; what is no FP8 yet is rounded to it."""
+    fmt = parse_format(text)
+    if fmt.kind != "fp8":
+        fmt = Format("fp8")
+    return fmt.rows or FP8_BLOCK, fmt.group or FP8_BLOCK
 
 
 def tokenizer_files(source: Source) -> list[Path]:

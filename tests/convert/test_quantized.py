@@ -157,3 +157,19 @@ def test_codes_without_a_hugging_face_form_are_not_kept(tmp_path: Path) -> None:
     quantize.convert(tmp_path / "hf", tmp_path / "q", method="int8")
     with pytest.raises(ConfigError, match=r"int8.*--dtype"):
         to_hf.convert(tmp_path / "q", tmp_path / "back")
+
+
+def test_fp8_of_an_fp8_folder_of_other_blocks_names_its_own(tmp_path: Path) -> None:
+    """All rounded again in blocks of 128: config.json says so. Some only: no folder can hold both."""
+    from convert import quantize
+
+    fp8_folder(tmp_path / "hf", mtp=0)
+    quantize.convert(tmp_path / "hf", tmp_path / "q", method="fp8")
+    to_hf.convert(tmp_path / "q", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    q, back = (open_source(tmp_path / name, folders.abstract_variables) for name in ("q", "back"))
+    assert verify.differences(q, back) == []
+    quantize.convert(tmp_path / "hf", tmp_path / "mixed", method="fp8", kinds=("experts",))
+    with pytest.raises(ConfigError, match=r"blocks \[\(16, 16\), \(128, 128\)\]"):
+        to_hf.convert(tmp_path / "mixed", tmp_path / "back-again")
