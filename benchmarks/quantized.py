@@ -151,6 +151,8 @@ def quality(run: Path, text: Path, calibration: Path, tokens: int) -> dict[str, 
         "parameters": source.count_parameters(),
         "step": source.step,
         "tokens": tokens,
+        "text": text.name,
+        "calibration": calibration.name,
         "rows": rows,
     }
 
