@@ -17,7 +17,14 @@ from benchmarks import kernel_tables
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md", "docs/planning.md", "docs/training.md", "docs/kernels.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/planning.md",
+    "docs/training.md",
+    "docs/kernels.md",
+    "docs/quantization.md",
+)
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -164,6 +171,46 @@ def planning_table() -> str:
     return "\n".join([*lines, "", _where(result)])
 
 
+def quantized_quality_table() -> str:
+    """What each format costs in quality on the demo's model."""
+    result = _load("quantized_quality")
+    lines = [
+        "| format | rounding | of float32 | perplexity | KL, nats a token | same next token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        change = 100 * (row["perplexity_ratio"] - 1)
+        lines.append(
+            f"| {row['format']} | {row['rounding']} | {row['share_of_float32']:.3f} | {change:+.2f} % | "
+            f"{row['kl_mean']:.1e} | {100 * row['greedy_agreement']:.1f} % |"
+        )
+    first = result["rows"][0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['parameters'] / 1e6:.1f}M parameters, step {result['step']:,}; {first['tokens']:,} tokens of "
+            f"{result['text']}, perplexity {first['perplexity_reference']:.2f} in float32; calibrated on "
+            f"{result['calibration']}. {result['environment']['date']}, commit {result['environment']['commit']}.",
+        ]
+    )
+
+
+def quantized_speed_table() -> str:
+    """Decoding and memory by format."""
+    result = _load("quantized_speed")
+    lines = [
+        "| weights | MB | peak MB | tokens/s, 1 prompt | against float32 | tokens/s, 16 prompts | against float32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['format']} | {row['weight_mb']:.0f} | {row['peak_mb']:.0f} | {row['decode_1']:.0f} | "
+            f"{row['decode_1_ratio']:.2f}× | {row['decode_16']:.0f} | {row['decode_16_ratio']:.2f}× |"
+        )
+    return "\n".join([*lines, "", f"Medians of {result['rounds']} rounds. {_where(result)}"])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "experts": experts_table,
@@ -171,6 +218,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "convert": convert_table,
     "fit": fit_table,
     "planning": planning_table,
+    "quantized_quality": quantized_quality_table,
+    "quantized_speed": quantized_speed_table,
     "scaling": scaling_table,
     "compile_h200": kernel_tables.compile_table,
     "gpu_kernels": kernel_tables.kernel_table,

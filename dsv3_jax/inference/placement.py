@@ -79,7 +79,17 @@ class Placement:
         def spec(path: Any, leaf: Any) -> P:
             if mesh is None:
                 return HERE
-            return compute_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, mesh)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            parent, _, part = name.rpartition("/")
+            if part in (
+                "codes",
+                "scales",
+                "zeros",
+            ):  # of a quantised leaf: whole matrices, experts on their device
+                cut = "/experts/" in name and mesh.shape.get("expert", 1) > 1
+                assert not cut or parent.rpartition("_")[2].startswith("E"), name
+                return P("expert") if cut else HERE
+            return compute_spec(name, leaf, mesh)
 
         return Weights(
             jax.tree_util.tree_map_with_path(spec, weights.top),

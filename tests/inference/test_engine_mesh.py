@@ -11,15 +11,19 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.inference import Engine, EngineOptions, Request, Result, Sampling
 from dsv3_jax.parallel.mesh import make_mesh
 from tests.inference import tiny
+from tests.quantization.coded import quantized_variables
 
 OPTIONS = EngineOptions(rows=8, page_size=16, prefill_tiles=8, tile=8, max_logprobs=2, context=128)
 
 
-def engine(mesh: jax.sharding.Mesh | None, **options: int) -> Engine:
+def engine(mesh: jax.sharding.Mesh | None, quantized: str = "", **options: int) -> Engine:
     sizes = {**OPTIONS.__dict__, **options}
+    variables = tiny.variables("v3")
+    if quantized:
+        variables, _ = quantized_variables(tiny.V3, variables, quantized)
     return Engine(
         tiny.V3,
-        tiny.variables("v3"),
+        variables,
         options=EngineOptions(**sizes),
         eos_ids=tiny.V3.eos_token_id,
         vocab_limit=tiny.VOCAB_LIMIT,
@@ -88,3 +92,17 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
     tensor = make_mesh(MeshConfig(data=4, fsdp=1, expert=1, tensor=2))
     with pytest.raises(ConfigError, match=r"mesh\.tensor is 2"):
         engine(tensor)
+
+
+def test_quantised_experts_stay_on_their_devices() -> None:
+    """Codes and scales cut over the expert axis: the same tokens as on one device."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, expert=4, tensor=1))
+    requests = [
+        Request(tiny.prompt(5 + 3 * at, at), Sampling(max_new_tokens=6, logprobs=1), at) for at in range(4)
+    ]
+    want = tiny.finish(engine(None, "int8"), requests)
+    over = engine(mesh, "int8")
+    got = tiny.finish(over, requests)
+    assert all(close(got[at], want[at]) for at in range(len(requests)))
+    experts = over._device._weights.layers[-1]["params"]["mlp"]["experts"]["gate_up_EPFD"]
+    assert experts.codes.sharding.shard_shape(experts.codes.shape)[0] * 4 == tiny.V3.n_routed_experts
