@@ -7,101 +7,12 @@ python infer.py --checkpoint runs/demo --prompt "Once upon a time"
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Annotated, Literal
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from dsv3_jax.config import parse_kernels
 from dsv3_jax.errors import ConfigError, run_main
-
-TEXT = PrimitiveConstructorSpec[str | None](  # tyro alone would read the text "None" as no text
-    nargs=1,
-    metavar="TEXT",
-    instance_from_str=lambda arguments: arguments[0],
-    is_instance=lambda value: value is None or isinstance(value, str),
-    str_from_instance=lambda value: [str(value)],
-)
-
-
-def _bias(arguments: list[str]) -> tuple[int, float]:
-    index, _, bias = arguments[0].partition("=")
-    return int(index), float(bias)
-
-
-BIAS = PrimitiveConstructorSpec[tuple[int, float]](
-    nargs=1,
-    metavar="ID=BIAS",
-    instance_from_str=_bias,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: [f"{value[0]}={value[1]}"],
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    """Decode prompts: --input FILE --output FILE, or --prompt TEXT."""
-
-    checkpoint: Path | None = None
-    """Native checkpoint, run folder (its newest step), or Hugging Face folder; required."""
-    input: Path | None = None
-    """.txt (a prompt a line), or .jsonl with prompt, prompt_token_ids or messages, optional id and the options
-    below as keys of a line."""
-    output: Path | None = None
-    """JSON lines in input order. Works in OUTPUT.partial, from which a killed job goes on."""
-    prompt: Annotated[str | None, TEXT] = None
-    """Decode this text and stream the answer to the terminal."""
-    max_new_tokens: int = 256
-    """New tokens at most; 0 only scores (--prompt-logprobs)."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that together reach this probability."""
-    top_k: int = 0
-    """Keep the K likeliest tokens; 0 keeps all."""
-    min_p: float = 0.0
-    """Keep tokens with at least this share of the likeliest one's probability."""
-    seed: int = 0
-    """Same seed, prompt, batch size and type: same text."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """End before this string; may be given several times."""
-    logprobs: int | None = None
-    """Log-probabilities of new tokens, and of the K likeliest ids (K may be 0)."""
-    prompt_logprobs: int | None = None
-    """The same for the prompt's tokens."""
-    batch_size: int | None = None
-    """Rows decoded together; 16 for a file, 1 for --prompt."""
-    page_size: int = 64
-    """Tokens of a page of the cache."""
-    pages: int | None = None
-    """Pages of the cache; by default what the rows can need, as far as memory allows."""
-    speculative: int = 0
-    """Tokens that the multi-token module drafts at a time; 0: none. The text is the same, sooner."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute type; float32 on the CPU, bfloat16 on a GPU."""
-    quantize: str | None = None
-    """Round attention and feed-forward weights while loading: int8, int8:GROUP, int4:GROUP, int4a:GROUP (with zero
-    points) or fp8. Checkpoints that are quantised already stay so without it."""
-    kernels: str = "auto"
-    """Implementation of attention and the experts' products: auto, reference or mosaic, with exceptions such as
-    mosaic,grouped_matmul=reference."""
-    ignore_eos: bool = False
-    """Go on after an end-of-sequence id."""
-    presence_penalty: float = 0.0
-    """Taken from the logits of ids that were produced."""
-    frequency_penalty: float = 0.0
-    """The same for each time that an id was produced."""
-    repetition_penalty: float = 1.0
-    """Divides positive, multiplies negative logits of ids in the prompt or produced."""
-    logit_bias: Annotated[tuple[Annotated[tuple[int, float], BIAS], ...], tyro.conf.UseAppendAction] = ()
-    """Added to the logit of a token id; may be given several times."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Further ids that end the text."""
-    min_tokens: int = 0
-    """New tokens before which no id ends the text."""
-    force: bool = False
-    """Replace an existing output, and drop an OUTPUT.partial of another job."""
+from dsv3_jax.infer_flags import Flags
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
         "dsv3_jax.checkpoint",
         "dsv3_jax.quantization",
         "dsv3_jax.cli",
+        "dsv3_jax.infer_flags",
     },
     {"dsv3_jax.model"},
     {"dsv3_jax.inference"},
