@@ -176,7 +176,8 @@ def hf_config(source: Source, tensors: dict[str, Exported]) -> dict[str, Any]:
                 f"{source.folder}: FP8 weights with scales of blocks {sorted(blocks)}, of which a Hugging Face folder "
                 "names one: --dtype bfloat16 or float32 expected"
             )
-        recorded, size = (raw or {}).get("quantization_config") or {}, list(*blocks)
+        size = list(next(iter(blocks)))
+        recorded = (raw or {}).get("quantization_config") or {}
         as_recorded = recorded.get("weight_block_size") == size
         quantization = recorded if as_recorded else {**QUANTIZATION_CONFIG, "weight_block_size": size}
     if raw is not None:
