@@ -350,7 +350,10 @@ class Engine:
         new = given[again:]
         # The first token comes from the prompt: nothing was written for it.
         self.scheduler.decoded(sequence, 0 if first else len(given), new)
-        self._stats.decode_tokens += len(new)
+        if first:
+            self._stats.first_tokens += len(new)
+        else:
+            self._stats.decode_tokens += len(new)
         count, logprobs = record.request.sampling.logprobs, None
         if count is not None and produced.logprobs is not None:
             logprobs = [

@@ -56,12 +56,13 @@ class Progress:
             if run and self._done < self._total
             else ""
         )
-        speed = f"{stats.decode_tokens / max(seconds, 1e-9):.1f} tokens/s"
+        new = stats.first_tokens + stats.decode_tokens
+        speed = f"{new / max(seconds, 1e-9):.1f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, speed=speed, left=left)
         elif now - self._last >= PLAIN_SECONDS:
             self._last = now
-            parts = [f"{self._done}/{self._total} prompts", f"{stats.decode_tokens} new tokens", speed, left]
+            parts = [f"{self._done}/{self._total} prompts", f"{new} new tokens", speed, left]
             print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
 

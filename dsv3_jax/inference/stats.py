@@ -15,6 +15,7 @@ class Stats:
     """Counts and seconds since the engine was made, compiling apart; and how things stand now.
 
     Attributes:
+      first_tokens, decode_tokens: new tokens that calls of prompts gave, one a request, and that decode steps gave.
       running, waiting: requests now.
       pages_used, pages_cached, pages_total: pages with an owner, pages kept for their content alone, and all.
       prefix_hit_tokens: prompt tokens that the prefix cache saved.
@@ -27,6 +28,7 @@ class Stats:
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
+    first_tokens: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     decode_calls: int = 0

@@ -14,6 +14,7 @@ import pytest
 
 from dsv3_jax.errors import DataError
 from dsv3_jax.inference import Engine, EngineOptions, Request, Sampling, steps
+from dsv3_jax.inference.progress import summary
 from dsv3_jax.inference.weights import unstack_layers
 from dsv3_jax.model import Cache, PagedCache, Transformer, init_variables, make_cache, make_pages
 from tests.inference import exactness, tiny
@@ -318,6 +319,15 @@ def test_the_counts_leave_compiling_out(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(engine._device.programs, "compile", compiling)
     tiny.finish(engine, [Request(tiny.prompt(5), Sampling(max_new_tokens=2))])
     assert compiled and set(began) == {"prefill", "decode"}
+
+
+def test_the_rate_of_decoding_counts_what_decode_steps_gave() -> None:
+    """The first token of a request comes with its prompt, in the prompt's time."""
+    engine = tiny.engine("v3")
+    tiny.finish(engine, [Request(tiny.prompt(5), Sampling(max_new_tokens=1, ignore_eos=True))])
+    assert engine.stats.first_tokens == 1 and "decode nothing" in summary(engine.stats)
+    tiny.finish(engine, [Request(tiny.prompt(5), Sampling(max_new_tokens=4, ignore_eos=True))] * 2)
+    assert (engine.stats.first_tokens, engine.stats.decode_tokens) == (3, 6)
 
 
 def test_many_short_prompts_do_not_wait_for_a_long_one(engine: Engine) -> None:
