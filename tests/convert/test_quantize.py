@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from convert import calibrate, compare, from_hf, quantize
-from dsv3_jax.checkpoint import validate_step
+from dsv3_jax.checkpoint import read_manifest, validate_step
+from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.hf.rules import HFEntry, flatten_paths
@@ -19,6 +21,7 @@ from dsv3_jax.quantization.choose import choose_formats
 from dsv3_jax.quantization.formats import parse_format
 from dsv3_jax.quantization.leaf import Quantized
 from tests.convert import folders
+from tests.convert.test_interrupted import Killed, stop_after
 
 
 class Ascii:
@@ -179,6 +182,31 @@ def test_leaves_that_stay_fp8_are_calibrated_with_as_they_are(tmp_path: Path, ca
     plain, _ = _calibrated(tmp_path / "plain", "int8", calibration, EXPERTS)
     want = plain._moments.sums[EXPERTS]
     np.testing.assert_allclose(kept._moments.sums[EXPERTS], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_killed_calibration_goes_on_to_the_same_codes(
+    hf: Path, tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a layer whose codes are partly on the disk."""
+    how: Any = {"method": "int8", "kinds": ("attention",), "calibration": calibration}
+    every = stop_after(monkeypatch, 10**6)
+    quantize.convert(hf, tmp_path / "whole", **how, calibration_tokens=256)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 70)
+        with pytest.raises(Killed):
+            quantize.convert(hf, tmp_path / "q", **how, calibration_tokens=256)
+    done = len((tmp_path / "q.converting" / JOURNAL).read_bytes().splitlines()) - 1
+    assert 40 < done <= 70 and not (tmp_path / "q").exists()
+    rest = stop_after(monkeypatch, 10**6)
+    quantize.convert(hf, tmp_path / "q", **how, calibration_tokens=256)
+    assert len(rest) == len(every) - done > 0
+    assert read_manifest(tmp_path / "q").tree == read_manifest(tmp_path / "whole").tree
+    assert validate_step(tmp_path / "q", hashes=True) == []
+    chunks = list((tmp_path / "whole" / "weights").rglob("c.*"))
+    assert len(chunks) == len(every)
+    for file in chunks:
+        other = tmp_path / "q" / file.relative_to(tmp_path / "whole")
+        assert other.read_bytes() == file.read_bytes(), file.name
 
 
 def test_few_tokens_are_one_short_sequence(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
