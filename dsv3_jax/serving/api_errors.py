@@ -22,7 +22,7 @@ class ApiError(Exception):
     Attributes:
       status: of HTTP.
       message: for the client; the server's own words.
-      param: the field it is about, as a path such as `messages.0.content`; known names and numbers only.
+      param: the field it is about, as a path such as `messages[0].content`; known names and numbers only.
       code: a short fixed word that programs can test.
       headers: to add to the response.
     """

@@ -241,7 +241,12 @@ def validate(model: type[Model], data: dict[str, Any]) -> Model:
 
 def _told(model: type[Strict], error: ValidationError, data: dict[str, Any]) -> ApiError:
     found = max(error.errors(include_url=False, include_input=False, include_context=False), key=_depth)
-    param = ".".join(str(part) for part in found["loc"] if isinstance(part, int) or part in _KNOWN) or None
+    parts = [
+        f"[{part}]" if isinstance(part, int) else f".{part}"
+        for part in found["loc"]
+        if isinstance(part, int) or part in _KNOWN
+    ]
+    param = "".join(parts).removeprefix(".") or None
     if found["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(found["loc"][-1]), sorted(model.model_fields), 1)
         hint = f"; did you mean {close[0]}?" if close else ""

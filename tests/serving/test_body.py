@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 
 from dsv3_jax.serving.api_errors import ApiError
 from dsv3_jax.serving.body import MAX_DEPTH, parse_json
-from dsv3_jax.serving.schemas import GenerateRequest, validate
+from dsv3_jax.serving.schemas import ChatRequest, GenerateRequest, validate
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_pairs_of_surrogates_are_characters() -> None:
         ({"prompt": "a", "top_p": 0}, "top_p"),
         ({"prompt": "a", "seed": True}, "seed"),
         ({"prompt": "a", "max_new_tokens": "5"}, "max_new_tokens"),
-        ({"prompt_token_ids": [1, "x"]}, "prompt_token_ids.1"),
+        ({"prompt_token_ids": [1, "x"]}, "prompt_token_ids[1]"),
         ({"prompt": "a", "logit_bias": {"secret": 1}}, "logit_bias"),
         ({"prompt": "a", "messages": []}, "messages"),
     ],
@@ -77,3 +78,19 @@ def test_errors_name_the_field_and_no_value(body: dict[str, object], param: str)
     with pytest.raises(ApiError) as caught:
         validate(GenerateRequest, body)
     assert caught.value.param == param and "secret" not in json.dumps(caught.value.body())
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"messages": [{"content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "hi"}], "stop": ["x", ""]}, "stop[1]"),
+        ({"messages": [{"role": "user", "content": "hi"}], "stream_options": {"include_usage": 1}, "stream": True},
+         "stream_options.include_usage"),
+    ],
+)  # fmt: skip
+def test_a_field_is_named_as_chats_name_it(more: dict[str, Any], param: str) -> None:
+    """`turns` writes places in a conversation with brackets too."""
+    with pytest.raises(ApiError) as caught:
+        validate(ChatRequest, {"model": "m", **more})
+    assert caught.value.param == param
