@@ -174,6 +174,7 @@ def _decode(
     partial: PartialFile,
 ) -> Stats:
     engine = job.engine(model, todo)
+    engine.warm()  # before the clock of the progress starts
     watches: dict[int, TextWatch] = {}
 
     def watch(request: Request, ids: list[int]) -> int | None:

@@ -256,3 +256,14 @@ def test_opened_models(checkpoint: Path) -> None:
     model = open_model(checkpoint)
     assert (model.cfg, model.eos_ids, model.vocab_limit) == (tiny.V3, (11, 257), 258)
     assert open_model(checkpoint, "bfloat16").cfg.dtype == "bfloat16"
+
+
+def test_the_progress_begins_when_all_is_compiled(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    warm, progress = Engine.warm, batch.Progress
+    monkeypatch.setattr(Engine, "warm", lambda engine: (order.append("warm"), warm(engine))[1])
+    monkeypatch.setattr(batch, "Progress", lambda *args: (order.append("progress"), progress(*args))[1])
+    assert run_file(job, write(tmp_path / "in.jsonl", [{"prompt": "ab"}]), tmp_path / "out.jsonl") == 0
+    assert order[:2] == ["warm", "progress"]
