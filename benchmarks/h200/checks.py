@@ -120,7 +120,11 @@ def gathered_experts(text: str, program: Program) -> list[str]:
                 continue
             for name in one.operands:
                 sizes = _dims(instructions[name].type) if name in instructions else []
-                if cfg.hidden_size in sizes and (width in sizes or 2 * width in sizes):
+                if cfg.hidden_size not in sizes:
+                    continue
+                others = list(sizes)
+                others.remove(cfg.hidden_size)  # where 2 * width is the model's width, one size is not both
+                if width in others or 2 * width in others:
                     found.append(f"{one.name}: {one.opcode} of {sizes}, an expert weight")
     return found
 

@@ -110,6 +110,10 @@ def test_an_expert_weight_that_travels_is_seen_and_tokens_are_not():
     assert len(checks.gathered_experts(gather("1,2,16,64"), sharded)) == 1
     assert len(checks.gathered_experts(gather("1,64,32"), sharded)) == 1
     assert checks.gathered_experts(gather("128,64"), sharded) == []
+    # Both widths of an expert in one size of the tokens: still tokens.
+    wide = dataclasses.replace(sharded, model=dataclasses.replace(SMALL, moe_intermediate_size=32))
+    assert checks.gathered_experts(gather("128,64"), wide) == []
+    assert len(checks.gathered_experts(gather("64,64"), wide)) == 1
 
 
 def test_a_copy_of_the_cache_is_seen():
