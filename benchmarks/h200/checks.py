@@ -109,9 +109,11 @@ TRAVELS = ("all-gather", "all-gather-start", "all-to-all", "collective-permute",
 
 
 def gathered_experts(text: str, program: Program) -> list[str]:
-    """Expert weights that travel between devices: operands with both widths of an expert among their sizes."""
+    """Expert weights that travel between devices: operands with both widths of an expert among their sizes, and as
+    many elements as a device's experts have in one of their three matrices (tokens can have the first by chance)."""
     cfg = program.model
     width = cfg.moe_intermediate_size
+    least = cfg.n_routed_experts // program.expert * width * cfg.hidden_size
     found = []
     computations, _ = computations_of(text)
     for instructions in computations.values():
@@ -120,7 +122,7 @@ def gathered_experts(text: str, program: Program) -> list[str]:
                 continue
             for name in one.operands:
                 sizes = _dims(instructions[name].type) if name in instructions else []
-                if cfg.hidden_size not in sizes:
+                if cfg.hidden_size not in sizes or math.prod(sizes) < least:
                     continue
                 others = list(sizes)
                 others.remove(cfg.hidden_size)  # where 2 * width is the model's width, one size is not both

@@ -114,6 +114,10 @@ def test_an_expert_weight_that_travels_is_seen_and_tokens_are_not():
     wide = dataclasses.replace(sharded, model=dataclasses.replace(SMALL, moe_intermediate_size=32))
     assert checks.gathered_experts(gather("128,64"), wide) == []
     assert len(checks.gathered_experts(gather("64,64"), wide)) == 1
+    # As many tokens as gate and up have rows: fewer elements than the weights of this device's experts.
+    many = dataclasses.replace(sharded, model=dataclasses.replace(SMALL, n_routed_experts=64))
+    assert checks.gathered_experts(gather("32,64"), many) == []
+    assert len(checks.gathered_experts(gather("8,32,64"), many)) == 1
 
 
 def test_a_copy_of_the_cache_is_seen():
