@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels.mla_decode.int8_pages import Int8Pages, quantize, read_page
-from dsv3_jax.kernels.mla_decode.reference import QUERY_ROWS
-from dsv3_jax.kernels.registry import full_precision
+from dsv3_jax.kernels.mla_decode.reference import QUERY_ROWS, attend_block, attended, nothing_attended
 
 
 def latent_attention(
@@ -36,9 +35,6 @@ def latent_attention(
     B, T, H, J = q_BTHJ.shape
     P = pages_NPJ.shape[1]
     dtype = jnp.promote_types(q_BTHJ.dtype, pages_NPJ.dtype)
-    product = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.float32, precision=full_precision(dtype)
-    )
     tile = min(T, max(1, QUERY_ROWS // H))
     tiles = -(-T // tile)
     extra = tiles * tile - T
@@ -61,35 +57,15 @@ def latent_attention(
         row, last = n // tiles, jnp.max(position_t)
 
         def visit(i, carry):
-            max_m, sum_m, out_mC = carry
             slots_S = i * S + jnp.arange(S, dtype=jnp.int32)
             keys_SJ = live_slots(pages_NPJ, tables_BM, row, i * visit_pages, visit_pages, last).astype(dtype)
             visible_tS = slots_S[None, :] <= position_t[:, None]
             if mask_BTS is not None:
                 at = (row, (n % tiles) * tile, i * S)
                 visible_tS &= lax.dynamic_slice(mask_BTS, at, (1, tile, S))[0]
-            scores_mS = product("mj,sj->ms", q_mJ, keys_SJ) * scale
-            scores_mS = jnp.where(einops.repeat(visible_tS, "t s -> (t h) s", h=H), scores_mS, -jnp.inf)
-            new_max_m = jnp.maximum(max_m, scores_mS.max(-1))
-            # Until a row has seen a visible slot its maximum is -inf, and -inf - -inf would be NaN.
-            shift_m = jnp.where(new_max_m == -jnp.inf, 0.0, new_max_m)
-            decay_m = jnp.exp(max_m - shift_m)
-            weights_mS = jnp.exp(scores_mS - shift_m[:, None])
-            part_mC = product("ms,sc->mc", weights_mS.astype(dtype), keys_SJ[:, :value_dim])
-            return (
-                new_max_m,
-                sum_m * decay_m + weights_mS.sum(-1),
-                out_mC * decay_m[:, None] + part_mC,
-            )
+            return attend_block(carry, q_mJ, keys_SJ, visible_tS, value_dim=value_dim, scale=scale)
 
-        m = tile * H
-        start = (
-            jnp.full((m,), -jnp.inf, jnp.float32),
-            jnp.zeros((m,), jnp.float32),
-            jnp.zeros((m, value_dim), jnp.float32),
-        )
-        _, sum_m, out_mC = lax.fori_loop(0, blocks, visit, start)
-        return out_mC / jnp.where(sum_m == 0, 1.0, sum_m)[:, None]
+        return attended(lax.fori_loop(0, blocks, visit, nothing_attended(tile * H, value_dim)))
 
     blocks_i = (positions_it.max(1) + S) // S  # none if every position is negative (-1)
     if rows_together:

@@ -15,6 +15,52 @@ from dsv3_jax.kernels.registry import full_precision
 QUERY_ROWS = 128
 
 
+Attended = tuple[jax.Array, jax.Array, jax.Array]
+"""Of m query rows so far: largest score, sum of weights, weighted sum of values [m, C]; float32."""
+
+
+def nothing_attended(m: int, value_dim: int) -> Attended:
+    """Before the first block."""
+    return (
+        jnp.full((m,), -jnp.inf, jnp.float32),
+        jnp.zeros((m,), jnp.float32),
+        jnp.zeros((m, value_dim), jnp.float32),
+    )
+
+
+def attend_block(
+    so_far: Attended,
+    q_mJ: jax.Array,
+    keys_SJ: jax.Array,
+    visible_tS: jax.Array,
+    *,
+    value_dim: int,
+    scale: float,
+) -> Attended:
+    """One block of cached vectors by online softmax; `q_mJ` and `keys_SJ` have one dtype, m is tokens times heads."""
+    max_m, sum_m, out_mC = so_far
+    dtype = keys_SJ.dtype
+    product = functools.partial(
+        jnp.einsum, preferred_element_type=jnp.float32, precision=full_precision(dtype)
+    )
+    heads = q_mJ.shape[0] // visible_tS.shape[0]
+    scores_mS = product("mj,sj->ms", q_mJ, keys_SJ) * scale
+    scores_mS = jnp.where(einops.repeat(visible_tS, "t s -> (t h) s", h=heads), scores_mS, -jnp.inf)
+    new_max_m = jnp.maximum(max_m, scores_mS.max(-1))
+    # Until a row has seen a visible slot its maximum is -inf, and -inf - -inf would be NaN.
+    shift_m = jnp.where(new_max_m == -jnp.inf, 0.0, new_max_m)
+    decay_m = jnp.exp(max_m - shift_m)
+    weights_mS = jnp.exp(scores_mS - shift_m[:, None])
+    part_mC = product("ms,sc->mc", weights_mS.astype(dtype), keys_SJ[:, :value_dim])
+    return new_max_m, sum_m * decay_m + weights_mS.sum(-1), out_mC * decay_m[:, None] + part_mC
+
+
+def attended(so_far: Attended) -> jax.Array:
+    """The output [m, C]; zeros where nothing was visible."""
+    _, sum_m, out_mC = so_far
+    return out_mC / jnp.where(sum_m == 0, 1.0, sum_m)[:, None]
+
+
 def latent_attention(
     q_BTHJ: jax.Array,
     cache_LBSJ: jax.Array,
@@ -34,9 +80,6 @@ def latent_attention(
     B, T, H, J = q_BTHJ.shape
     # On CPU a float32 cache serves bfloat16 queries too (api.py); products are float32 then.
     dtype = jnp.promote_types(q_BTHJ.dtype, cache_LBSJ.dtype)
-    product = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.float32, precision=full_precision(dtype)
-    )
     tile = min(T, max(1, QUERY_ROWS // H))
     tiles = -(-T // tile)
     extra = tiles * tile - T
@@ -56,7 +99,6 @@ def latent_attention(
         row = n // tiles
 
         def visit(i, carry):
-            max_m, sum_m, out_mC = carry
             start = i * block
             keys_SJ = lax.dynamic_slice(cache_LBSJ, (layer, row, start, 0), (1, 1, block, J))
             keys_SJ = keys_SJ.reshape(block, J).astype(dtype)
@@ -64,30 +106,11 @@ def latent_attention(
             if mask_BTS is not None:
                 at = (row, (n % tiles) * tile, start)
                 visible_tS &= lax.dynamic_slice(mask_BTS, at, (1, tile, block))[0]
-            scores_mS = product("mj,sj->ms", q_mJ, keys_SJ) * scale
-            scores_mS = jnp.where(einops.repeat(visible_tS, "t s -> (t h) s", h=H), scores_mS, -jnp.inf)
-            new_max_m = jnp.maximum(max_m, scores_mS.max(-1))
-            # Until a row has seen a visible slot its maximum is -inf, and -inf - -inf would be NaN.
-            shift_m = jnp.where(new_max_m == -jnp.inf, 0.0, new_max_m)
-            decay_m = jnp.exp(max_m - shift_m)
-            weights_mS = jnp.exp(scores_mS - shift_m[:, None])
-            part_mC = product("ms,sc->mc", weights_mS.astype(dtype), keys_SJ[:, :value_dim])
-            return (
-                new_max_m,
-                sum_m * decay_m + weights_mS.sum(-1),
-                out_mC * decay_m[:, None] + part_mC,
-            )
+            return attend_block(carry, q_mJ, keys_SJ, visible_tS, value_dim=value_dim, scale=scale)
 
-        m = tile * H
-        start = (
-            jnp.full((m,), -jnp.inf, jnp.float32),
-            jnp.zeros((m,), jnp.float32),
-            jnp.zeros((m, value_dim), jnp.float32),
-        )
         blocks = jnp.max(position_t) // block + 1  # none if every position is negative
-        _, sum_m, out_mC = lax.fori_loop(0, blocks, visit, start)
-        out_mC /= jnp.where(sum_m == 0, 1.0, sum_m)[:, None]
-        return lax.dynamic_update_index_in_dim(out_BimC, out_mC, n, 0)
+        carry = lax.fori_loop(0, blocks, visit, nothing_attended(tile * H, value_dim))
+        return lax.dynamic_update_index_in_dim(out_BimC, attended(carry), n, 0)
 
     out_BimC = lax.fori_loop(
         0, B * tiles, query_tile, jnp.zeros((B * tiles, tile * H, value_dim), jnp.float32)
