@@ -21,12 +21,11 @@ from dsv3_jax.checkpoint.atomic import check_apart, on_disk
 from dsv3_jax.checkpoint.jobs import Conversion, Job, check_early
 from dsv3_jax.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from dsv3_jax.checkpoint.native import copy_files, tree_record, write_model_config
-from dsv3_jax.checkpoint.quantized import Stored, scale_dtypes, stored_arrays
+from dsv3_jax.checkpoint.quantized import Stored, begin, scale_dtypes, stored_arrays
 from dsv3_jax.checkpoint.source import Source, open_source, travelling_files
-from dsv3_jax.checkpoint.store import skeleton_is_whole, write_skeleton
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.hf.plan import Dtypes, choose_dtypes
-from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
+from dsv3_jax.hf.rules import flatten_paths
 from dsv3_jax.hf.safetensors import DTYPES
 
 
@@ -71,7 +70,8 @@ def convert(
     with Conversion(dst, plan, force=force, nbytes=needed) as conversion:
         if conversion.already_done:
             return read_manifest(dst)
-        _skeleton(conversion, source, dtypes)
+        arrays = _arrays(source, dtypes)
+        begin(conversion, arrays)
         records = conversion.run(jobs, quiet=quiet)
         out = conversion.out
         write_model_config(out, source.cfg)
@@ -81,7 +81,7 @@ def convert(
         manifest = write_manifest(
             out,
             kind="weights",
-            tree=tree_record(_arrays(source, dtypes)),
+            tree=tree_record(arrays),
             quantization=dtypes.formats,
             hf_dtypes=compact(source, dtypes),
             aliases=source.aliases,
@@ -97,16 +97,6 @@ def _arrays(source: Source, dtypes: Dtypes) -> dict[str, Stored]:
     scales = scale_dtypes(source.entries, source.tensors, dtypes.formats)
     leaves = flatten_paths(source.abstract)
     return stored_arrays(source.entries, leaves, dtypes.leaves, dtypes.formats, scales)
-
-
-def _skeleton(conversion: Conversion, source: Source, dtypes: Dtypes) -> None:
-    arrays = _arrays(source, dtypes)
-    chunks = {path: array.chunk for path, array in arrays.items()}
-    item = conversion.out / layout.WEIGHTS
-    if conversion.resumed and skeleton_is_whole(item, arrays, chunks):
-        return
-    conversion.restart()
-    write_skeleton(item, {"params": {}, "router": {}, **unflatten_paths(arrays)}, chunks)
 
 
 def _jobs(source: Source, dtypes: Dtypes) -> list[Job]:

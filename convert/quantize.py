@@ -24,11 +24,10 @@ from dsv3_jax.checkpoint.atomic import check_apart, on_disk
 from dsv3_jax.checkpoint.jobs import Conversion, Job, check_early
 from dsv3_jax.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from dsv3_jax.checkpoint.native import copy_files, tree_record, write_model_config
-from dsv3_jax.checkpoint.quantized import Stored, scale_dtypes, stored_arrays
+from dsv3_jax.checkpoint.quantized import Stored, begin, scale_dtypes, stored_arrays
 from dsv3_jax.checkpoint.source import Source, open_source
-from dsv3_jax.checkpoint.store import skeleton_is_whole, write_skeleton
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
+from dsv3_jax.hf.rules import flatten_paths
 from dsv3_jax.hf.safetensors import DTYPES
 from dsv3_jax.quantization.choose import DEFAULT_KINDS, choose_formats
 from dsv3_jax.quantization.formats import Format, parse_format
@@ -89,7 +88,8 @@ def convert(
     with Conversion(dst, plan, force=force, nbytes=needed) as conversion:
         if conversion.already_done:
             return read_manifest(dst)
-        arrays = _skeleton(conversion, source, formats)
+        arrays = _arrays(source, formats)
+        begin(conversion, arrays)
         records = conversion.run(jobs, threads=1 if gptq else None, quiet=quiet)
         out = conversion.out
         write_model_config(out, source.cfg)
@@ -128,18 +128,10 @@ def _format(method: str, group_size: int | None, asymmetric: bool) -> Format:
     return parse_format(f"{method}{'a' if asymmetric else ''}{size}")
 
 
-def _skeleton(conversion: Conversion, source: Source, formats: dict[str, str]) -> dict[str, Stored]:
+def _arrays(source: Source, formats: dict[str, str]) -> dict[str, Stored]:
     kept = {path: fmt for path, fmt in formats.items() if source.formats.get(path) == fmt}
     scales = scale_dtypes(source.entries, source.tensors, kept)
-    arrays = stored_arrays(
-        source.entries, flatten_paths(source.abstract), source.leaf_dtypes, formats, scales
-    )
-    chunks = {path: array.chunk for path, array in arrays.items()}
-    item = conversion.out / layout.WEIGHTS
-    if not (conversion.resumed and skeleton_is_whole(item, arrays, chunks)):
-        conversion.restart()
-        write_skeleton(item, {"params": {}, "router": {}, **unflatten_paths(arrays)}, chunks)
-    return arrays
+    return stored_arrays(source.entries, flatten_paths(source.abstract), source.leaf_dtypes, formats, scales)
 
 
 def _jobs(source: Source, formats: dict[str, str], gptq: Any) -> list[Job]:

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax.checkpoint.store import Leaf, open_leaf
+from dsv3_jax.checkpoint import layout
+from dsv3_jax.checkpoint.jobs import Conversion
+from dsv3_jax.checkpoint.store import Leaf, open_leaf, skeleton_is_whole, write_skeleton
 from dsv3_jax.errors import DataError
-from dsv3_jax.hf.rules import HFEntry
+from dsv3_jax.hf.rules import HFEntry, unflatten_paths
 from dsv3_jax.hf.safetensors import DTYPE_NAMES, DTYPES, TensorInfo
 from dsv3_jax.hf.tensors import SCALES, StoredTensor
 from dsv3_jax.quantization.formats import Format, parse_format
@@ -64,6 +66,16 @@ def stored_arrays(
                 dtype = np.dtype(np.uint8) if scale_dtypes[path] == E8M0 else DTYPES[scale_dtypes[path]]
             arrays[f"{path}/{part}"] = Stored((*lead, *matrix), dtype, (*ones, *matrix))
     return arrays
+
+
+def begin(conversion: Conversion, arrays: Mapping[str, Stored]) -> None:
+    """The skeleton of a conversion's weights; one that an earlier run left whole stays."""
+    chunks = {path: array.chunk for path, array in arrays.items()}
+    item = conversion.out / layout.WEIGHTS
+    if conversion.resumed and skeleton_is_whole(item, arrays, chunks):
+        return
+    conversion.restart()
+    write_skeleton(item, {"params": {}, "router": {}, **unflatten_paths(arrays)}, chunks)
 
 
 def scale_dtypes(
