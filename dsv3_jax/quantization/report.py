@@ -132,7 +132,7 @@ def svg(report: Report) -> str:
     row, left, bar, right = 34, 330, 14, 90
     layers = max(len(leaf.by_layer) for leaf in report.leaves)
     worst = max(max(leaf.by_layer) for leaf in report.leaves) or 1.0
-    width, height = left + bar * layers + right, 56 + row * len(report.leaves)
+    width, height = max(left + bar * layers + right, 640), 56 + row * len(report.leaves)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>',
