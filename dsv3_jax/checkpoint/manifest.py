@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -151,12 +151,18 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 def problems_of(
-    folder: Path | str, *, hashes: bool = False, share: tuple[int, int] = (0, 1), threads: int = 4
+    folder: Path | str,
+    *,
+    hashes: bool = False,
+    share: tuple[int, int] = (0, 1),
+    only: Callable[[str], bool] = lambda name: True,
+    threads: int = 4,
 ) -> list[str]:
     """What is wrong with a checkpoint folder, one message each; [] when it is whole.
 
     Args:
       hashes: also read every byte and compare the SHA-256 (about 1.5 GB/s a core).
+      only: which files, by their names in the manifest.
       share: (i, n) looks at every n-th file from the i-th on, for n processes that share the work.
     """
     folder = Path(folder)
@@ -178,7 +184,8 @@ def problems_of(
         return None
 
     with ThreadPoolExecutor(threads) as pool:
-        mine = itertools.islice(manifest.files.items(), share[0], None, share[1])
+        chosen = [item for item in manifest.files.items() if only(item[0])]
+        mine = itertools.islice(chosen, share[0], None, share[1])
         found = [problem for problem in pool.map(check, mine) if problem]
     if MODEL not in manifest.files or manifest.files[MODEL]["sha256"] != manifest.config_sha256:
         found.append(f"{folder / MANIFEST}: config_sha256 is not that of {MODEL}")

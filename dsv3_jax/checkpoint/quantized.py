@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,8 @@ class QuantizedLeaf:
         names = _PARTS if self.format.asymmetric else _PARTS[:2]
         self.parts: dict[str, Leaf] = {name: open_leaf(item, f"{path}/{name}") for name in names}
 
-    def tensor(self, entry: HFEntry) -> StoredTensor:
-        """Where one Hugging Face tensor lies."""
+    def tensor(self, entry: HFEntry, sha256: Callable[[Path], str] = lambda file: "") -> StoredTensor:
+        """Where one Hugging Face tensor lies; `sha256` knows the recorded sums of files."""
         infos = {}
         for name, (shape, dtype) in self.format.part_shapes(entry.hf_shape).items():
             leaf = self.parts[name]
@@ -125,7 +125,8 @@ class QuantizedLeaf:
                     f"{list(entry.hf_shape)}"
                 )
             nbytes = math.prod(shape) * leaf.dtype.itemsize
-            infos[name] = TensorInfo(f"{entry.name} ({name})", leaf.file(entry.index), kind, shape, 0, nbytes)
+            file = leaf.file(entry.index)
+            infos[name] = TensorInfo(f"{entry.name} ({name})", file, kind, shape, 0, nbytes, sha256(file))
         codes = infos["codes"]
         return StoredTensor(
             entry.name,
@@ -136,4 +137,5 @@ class QuantizedLeaf:
             infos["scales"],
             self.fmt,
             infos.get("zeros"),
+            codes.sha256,
         )

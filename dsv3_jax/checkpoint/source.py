@@ -201,7 +201,7 @@ def _open_hf(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source:
 
 def _open_native(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source:
     manifest = read_manifest(folder)
-    problems = problems_of(folder)
+    problems = problems_of(folder) or problems_of(folder, hashes=True, only=_is_small)
     if problems:
         raise DataError("\n  ".join([f"{folder}: {len(problems)} problem(s)", *problems[:50]]))
     cfg = read_model_config(folder)
@@ -217,14 +217,19 @@ def _open_native(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source
         )
     leaves = {path: open_leaf(item, path) for path in expected - set(formats)}
     coded = {path: QuantizedLeaf(item, path, fmt) for path, fmt in formats.items()}
+
+    def sha256(file: Path) -> str:
+        return str(manifest.files[str(file.relative_to(folder))]["sha256"])
+
     tensors = {}
     for entry in entries:
         if entry.path in coded:
-            tensors[entry.name] = coded[entry.path].tensor(entry)
+            tensors[entry.name] = coded[entry.path].tensor(entry, sha256)
             continue
         leaf = leaves[entry.path]
+        file = leaf.file(entry.index)
         tensors[entry.name] = StoredTensor(
-            entry.name, DTYPE_NAMES[leaf.dtype], entry.hf_shape, leaf.file(entry.index)
+            entry.name, DTYPE_NAMES[leaf.dtype], entry.hf_shape, file, sha256=sha256(file)
         )
     run = folder.parent.parent if folder.parent.name == layout.CHECKPOINTS else folder
     tokenizers = [place / layout.TOKENIZER for place in (folder, run) if (place / layout.TOKENIZER).is_dir()]
@@ -249,6 +254,11 @@ def _open_native(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source
         notes=notes,
         step=manifest.step,
     )
+
+
+def _is_small(name: str) -> bool:
+    """Config, tokenizer and the like: read whole when a checkpoint is opened. Weights are compared as they are read."""
+    return not name.startswith((f"{layout.WEIGHTS}/", f"{layout.OPTIMIZER}/"))
 
 
 def travelling_files(folder: Path) -> tuple[list[Path], list[Path], list[str]]:

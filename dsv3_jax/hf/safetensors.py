@@ -47,7 +47,10 @@ _BUFFERS: list[memoryview] = []
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` is absolute in `file`, `dtype` a safetensors name such as "BF16"."""
+    """Where one tensor lies: `offset` is absolute in `file`, `dtype` a safetensors name such as "BF16".
+
+    `sha256` of its bytes, where somebody recorded it; else "".
+    """
 
     name: str
     file: Path
@@ -55,6 +58,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    sha256: str = ""
 
 
 def _fill(fd: int, out: memoryview, file: Path, offset: int, what: str) -> None:

@@ -6,6 +6,7 @@ copies one never holds more than a few pieces of it, however large it is.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ class StoredTensor:
       scale: where its scales lie, if it is quantised.
       fmt: then the name of its format (`quantization.formats`); `file` holds the codes.
       zero: where its zero points lie, if it has any.
+      sha256: of its bytes in `file` where that is recorded, else ""; whoever reads all of it hears of a difference.
     """
 
     name: str
@@ -65,6 +67,7 @@ class StoredTensor:
     scale: TensorInfo | None = None
     fmt: str = ""
     zero: TensorInfo | None = None
+    sha256: str = ""
 
     @property
     def size(self) -> int:
@@ -81,31 +84,35 @@ class StoredTensor:
         assert self.scale is not None, self.name
         shape = parse_format(self.fmt).code_shape(self.shape)
         nbytes = math.prod(shape) * DTYPES[self.dtype].itemsize
-        codes = TensorInfo(self.name, self.file, self.dtype, shape, self.offset, nbytes)
+        codes = TensorInfo(self.name, self.file, self.dtype, shape, self.offset, nbytes, self.sha256)
         return {"codes": codes, "scales": self.scale} | ({} if self.zero is None else {"zeros": self.zero})
 
     def pieces(self, dtype: str) -> Iterator[np.ndarray]:
         """The elements in order, as flat arrays of `dtype`; each is valid until the next one is asked for.
 
-        Raises DataError when the file ends early.
+        Raises DataError when the file ends early, or after the last one when its bytes are not those recorded.
         """
         if self.scale is not None:
             yield from self._dequantized(dtype)
             return
         source = DTYPES[self.dtype]
         nbytes = self.size * source.itemsize
+        seen = _Seen(self.file, self.sha256)
         for piece in read_range(self.file, self.offset, nbytes, what=f"tensor {self.name!r}"):
+            seen.add(piece)
             yield cast(np.frombuffer(piece, source), dtype)
+        seen.end()
 
     def _dequantized(self, dtype: str) -> Iterator[np.ndarray]:
         """Some whole rows of blocks at a time: about a piece in float32."""
         fmt, (rows, columns) = parse_format(self.fmt), self.shape
         height = fmt.coding(columns).block_rows
         step = max(1, PIECE_BYTES // 4 // max(columns, 1) // height) * height
+        seen = {name: _Seen(info.file, info.sha256) for name, info in self.parts.items()}
         for first in range(0, rows, step):
             stop = min(rows, first + step)
             parts = {
-                name: _rows_of(info, first, stop, 1 if name == "codes" else height)
+                name: _rows_of(info, first, stop, 1 if name == "codes" else height, seen[name])
                 for name, info in self.parts.items()
             }
             if fmt.kind == "fp8":
@@ -115,12 +122,17 @@ class StoredTensor:
             else:
                 values = cast(dequantize(Parts(**parts), fmt, columns), dtype)
             yield values.reshape(-1)
+        for part in seen.values():
+            part.end()
 
     def part_pieces(self, part: str) -> Iterator[np.ndarray]:
         """The bytes of "codes", "scales" or "zeros" as they are stored."""
         info = self.parts[part]
+        seen = _Seen(info.file, info.sha256)
         for piece in read_range(info.file, info.offset, info.nbytes, what=f"tensor {info.name!r}"):
+            seen.add(piece)
             yield _checked(info, np.frombuffer(piece, DTYPES[info.dtype]))
+        seen.end()
 
     def read(self, dtype: str) -> np.ndarray:
         """The whole tensor in `dtype` and its own shape."""
@@ -142,14 +154,30 @@ def fill(out: np.ndarray, pieces: Iterator[np.ndarray]) -> None:
     assert position == out.size, (position, out.size)
 
 
-def _rows_of(info: TensorInfo, first: int, stop: int, height: int) -> np.ndarray:
+class _Seen:
+    """SHA-256 of a tensor's bytes as they pass, against the recorded one ("" compares nothing)."""
+
+    def __init__(self, file: Path, sha256: str):
+        self._file, self._sha256, self._digest = file, sha256, hashlib.sha256()
+
+    def add(self, piece: memoryview | np.ndarray) -> None:
+        if self._sha256:
+            self._digest.update(piece)
+
+    def end(self) -> None:
+        """Raises DataError."""
+        if self._sha256 and self._digest.hexdigest() != self._sha256:
+            raise DataError(f"{self._file}: SHA-256 differs from the recorded one: the content has changed")
+
+
+def _rows_of(info: TensorInfo, first: int, stop: int, height: int, seen: _Seen) -> np.ndarray:
     """The rows of a part that belong to rows [first, stop) of the matrix, of which it has one in `height`."""
     begin, end = first // height, -(-stop // height)
     dtype = DTYPES[info.dtype]
     offset = info.offset + begin * info.shape[1] * dtype.itemsize
-    return _checked(
-        info, read_array(info.file, offset, dtype, (end - begin, info.shape[1]), what=repr(info.name))
-    )
+    part = read_array(info.file, offset, dtype, (end - begin, info.shape[1]), what=repr(info.name))
+    seen.add(part.reshape(-1).view(np.uint8))
+    return _checked(info, part)
 
 
 def _checked(info: TensorInfo, part: np.ndarray) -> np.ndarray:

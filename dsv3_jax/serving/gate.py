@@ -53,7 +53,7 @@ class Gate:
         self.app = app
         self._settings, self._metrics, self._ready = settings, metrics, ready
         self._held = 0
-        self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+        self._key = None if settings.api_key is None else settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -103,8 +103,8 @@ class Gate:
                 headers={"Connection": "close"},
             )
         if self._key is not None and needs_key(path):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._key):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(b" "), self._key):
                 told = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, "a valid API key is needed", code="invalid_api_key", headers=told)
         if scope["method"] != "POST" or path not in GENERATING:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from convert import from_hf
+from convert import from_hf, quantize
 from dsv3_jax.checkpoint import open_leaf, read_manifest, save_checkpoint, step_folder
 from dsv3_jax.checkpoint.source import open_source
 from dsv3_jax.errors import ConfigError, DataError
@@ -133,4 +133,39 @@ def test_leaves_that_do_not_fit_the_model(tmp_path: Path) -> None:
     del document["checksum"]  # a manifest that says so itself, not a damaged one
     file.write_text(json.dumps(document))
     with pytest.raises(DataError, match=r"missing \['params/embed_VD'\], extra \['params/spare'\]"):
+        open_source(tmp_path / "x", abstract_variables)
+
+
+@pytest.mark.parametrize("method", ["", "int8", "fp8"])
+@pytest.mark.parametrize("asked", [None, "bfloat16"])
+def test_a_flipped_bit_is_not_decoded_with(tmp_path: Path, method: str, asked: str | None) -> None:
+    case = cases.CASES["v3"]
+    folder = tmp_path / "plain"
+    save_checkpoint(folder, case.config, cases.variables(case))
+    if method:
+        quantize.convert(folder, tmp_path / "coded", method=method)
+        folder = tmp_path / "coded"
+    weights = folder / "weights" / "state"
+    for name in (
+        ("params.moe.attention.o_DHU.codes/", "params.moe.attention.o_DHU.scales/")
+        if method
+        else ("params.embed_VD/",)
+    ):
+        file = min(weights.glob(f"{name}c.*"))
+        kept = file.read_bytes()
+        file.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+        source = open_source(folder, abstract_variables)
+        for formats in {}, source.formats:
+            with pytest.raises(DataError, match=f"{file}: SHA-256 differs"):
+                source.load(asked, formats=formats)
+        file.write_bytes(kept)
+    open_source(folder, abstract_variables).load(asked)
+
+
+def test_a_changed_config_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    case = cases.CASES["v3"]
+    save_checkpoint(tmp_path / "x", case.config, cases.variables(case))
+    file = tmp_path / "x" / "model.yaml"
+    file.write_bytes(file.read_bytes().replace(b"rms_norm_eps: 1", b"rms_norm_eps: 2"))
+    with pytest.raises(DataError, match=r"model.yaml: SHA-256 differs"):
         open_source(tmp_path / "x", abstract_variables)
