@@ -75,7 +75,8 @@ class Flags:
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
     quantize: str | None = None
     """Round attention and feed-forward weights while loading: int8, int8:GROUP, int4:GROUP, int4a:GROUP (with zero
-    points) or fp8. Checkpoints that are quantised already stay so without it."""
+    points) or fp8; fp8+act8 and int8+act8 also round the activations of those products (an FP8 checkpoint keeps its
+    codes). Checkpoints that are quantised already stay so without it."""
     kernels: str = "auto"
     """Implementation of attention and the experts' products: auto, reference or mosaic, with exceptions such as
     mosaic,grouped_matmul=reference."""

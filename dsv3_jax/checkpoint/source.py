@@ -28,7 +28,7 @@ from dsv3_jax.hf.plan import choose_dtypes, is_router, plan_folder
 from dsv3_jax.hf.rules import HFEntry, flatten_paths, hf_entries, unflatten_paths
 from dsv3_jax.hf.safetensors import DTYPE_NAMES, DTYPES, SafetensorsFolder, parse_json
 from dsv3_jax.hf.tensors import StoredTensor, fill
-from dsv3_jax.quantization.formats import parse_format
+from dsv3_jax.quantization.formats import as_stored, parse_format
 from dsv3_jax.quantization.leaf import quantized_leaf
 from dsv3_jax.quantization.streamed import quantized_pieces
 
@@ -97,7 +97,9 @@ class Source:
         abstract = flatten_paths(self.abstract)
         wanted = {path: "F32" if is_router(path) else asked or self.leaf_dtypes[path] for path in abstract}
         scales = scale_dtypes(
-            self.entries, self.tensors, {p: f for p, f in formats.items() if self.formats.get(p) == f}
+            self.entries,
+            self.tensors,
+            {p: as_stored(f) for p, f in formats.items() if self.formats.get(p) == as_stored(f)},
         )
         arrays: dict[str, np.ndarray] = {
             path: np.empty(stored.shape, stored.dtype)
@@ -110,7 +112,7 @@ class Source:
                 tensor.read_into(arrays[entry.path][entry.index].reshape(-1))
                 return
             for part in parse_format(fmt).part_shapes(entry.hf_shape):
-                stored = self.formats.get(entry.path) == fmt
+                stored = self.formats.get(entry.path) == as_stored(fmt)
                 pieces = (
                     tensor.part_pieces(part) if stored else quantized_pieces(tensor, parse_format(fmt), part)
                 )

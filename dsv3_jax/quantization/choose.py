@@ -6,12 +6,13 @@ asked for. A choice is made per leaf, that is for all layers of a stack.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.quantization.formats import Format
+from dsv3_jax.quantization.formats import Format, parse_format
 
 KINDS = {
     "experts": r"/mlp/experts/(gate_up_EPFD|down_EDF)$",
@@ -66,12 +67,17 @@ def choose_formats(
     Args:
       columns: leaf path -> columns of its matrices, all leaves.
       stored: formats of the leaves that are quantised already; those that are not chosen stay as they are.
-      fmt: the format; where its groups do not divide the columns, smaller ones that do.
+      fmt: the format; where its groups do not divide the columns, smaller ones that do. One that only adds 8-bit
+        activations to what is stored keeps the stored codes.
     Raises:
       ConfigError: as `chosen_leaves`, or no leaf is left.
     """
     formats, notes = dict(stored), []
     for path in chosen_leaves(columns, kinds, skip):
+        coded = parse_format(stored[path]) if path in stored else None
+        if coded is not None and fmt.activations != "none" and coded.kind == fmt.kind:
+            formats[path] = str(dataclasses.replace(coded, activations=fmt.activations))
+            continue
         own = fmt.fitting(columns[path])
         if own is None:
             notes.append(f"{path}: no group of 16 or more divides its {columns[path]} columns: left as it is")

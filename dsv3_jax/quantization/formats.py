@@ -6,6 +6,8 @@ A format is how a matrix [rows, columns] = [out, in] is coded (`kernels.quantize
     int8        a scale per row, max |w| / 127;  int8:G with groups of G columns
     int4:G      groups of G columns (32, 64 or 128), symmetric: scale max |w| / 7, codes -8 .. 7 around a zero point 8
     int4a:G     the same with a zero point of its own for each group
+
+"+act8" after fp8 or int8 says that products round their activations as well; what is stored is the same.
 """
 
 from __future__ import annotations
@@ -49,26 +51,27 @@ class Format:
       kind: fp8, int8 or int4.
       group: columns that share a scale; 0 is the whole row (int8) or 128 (fp8).
       asymmetric: int4 with zero points.
-      activations: "int8" for 8 x 8 products.
+      activations: "int8" or "fp8", the weights' own, for 8 x 8 products.
       rows: rows that share a scale (fp8); 0 is 128.
     """
 
     kind: Kind
     group: int = 0
     asymmetric: bool = False
-    activations: Literal["none", "int8"] = "none"
+    activations: Literal["none", "int8", "fp8"] = "none"
     rows: int = 0
 
     def __str__(self) -> str:
+        act8 = "" if self.activations == "none" else "+act8"
         if self.kind == "fp8":
-            return f"fp8:{self.rows}x{self.group}" if self.rows else "fp8"
+            return f"fp8:{self.rows}x{self.group}{act8}" if self.rows else f"fp8{act8}"
         group = f":{self.group}" if self.group else ""
-        return f"{self.kind}{'a' if self.asymmetric else ''}{group}{'+act8' if self.activations == 'int8' else ''}"
+        return f"{self.kind}{'a' if self.asymmetric else ''}{group}{act8}"
 
     def coding(self, columns: int) -> Coding:
         """The static description for matrices of that many columns."""
         if self.kind == "fp8":
-            return Coding("fp8", self.rows or FP8_BLOCK, self.group or FP8_BLOCK)
+            return Coding("fp8", self.rows or FP8_BLOCK, self.group or FP8_BLOCK, self.activations)
         return Coding(self.kind, 1, self.group or columns, self.activations)
 
     def code_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -91,23 +94,30 @@ class Format:
 
 
 def parse_format(text: str) -> Format:
-    """The inverse of `str`: "fp8", "int8", "int8:128", "int4:64", "int4a:128", "int8+act8". Raises ConfigError."""
-    if match := re.fullmatch(r"fp8:([1-9]\d*)x([1-9]\d*)", text):
-        return fp8_format((int(match[1]), int(match[2])))
+    """The inverse of `str`: "fp8", "int8:128", "int4:64", "int4a:128", "int8+act8", "fp8+act8". Raises ConfigError."""
+    if match := re.fullmatch(r"fp8:([1-9]\d*)x([1-9]\d*)(\+act8)?", text):
+        block = fp8_format((int(match[1]), int(match[2])))
+        return dataclasses.replace(block, activations="fp8") if match[3] else block
     body, plus, extra = text.partition("+")
     name, _, size = body.partition(":")
     known = {"fp8": ("fp8", False), "int8": ("int8", False), "int4": ("int4", False), "int4a": ("int4", True)}
     bad = ConfigError(
         f"quantisation format {text!r}; expected fp8, int8, int8:GROUP, int4:GROUP or int4a:GROUP "
-        "(int8 also with +act8)"
+        "(fp8 and int8 also with +act8)"
     )
-    if name not in known or (plus and (extra != "act8" or name != "int8")) or (size and not size.isdigit()):
+    wrong_extra = plus and (extra != "act8" or name not in ("fp8", "int8"))
+    if name not in known or wrong_extra or (size and not size.isdigit()):
         raise bad
     kind, asymmetric = known[name]
     group = int(size) if size else 128 if kind == "int4" else 0
     if (kind == "fp8" and group) or (kind == "int4" and (group < 16 or group % 2)):
         raise bad
-    return Format(kind, group, asymmetric, "int8" if plus else "none")  # type: ignore[arg-type]
+    return Format(kind, group, asymmetric, kind if plus else "none")  # type: ignore[arg-type]
+
+
+def as_stored(text: str) -> str:
+    """The name of what is stored for a format: how activations are rounded is no part of it."""
+    return text.removesuffix("+act8")
 
 
 def fp8_format(block: tuple[int, int]) -> Format:

@@ -17,6 +17,8 @@ from dsv3_jax.checkpoint.manifest import read_manifest
 from dsv3_jax.checkpoint.source import open_source
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.hf.rules import flatten_paths
+from dsv3_jax.quantization.choose import choose_formats
+from dsv3_jax.quantization.formats import parse_format
 from dsv3_jax.quantization.leaf import Quantized
 from tests.convert import folders
 
@@ -47,6 +49,23 @@ def test_an_fp8_folder_comes_back_byte_for_byte(tmp_path: Path, scales: Any) -> 
     hf, native = (open_source(tmp_path / name, folders.abstract_variables) for name in ("hf", "native"))
     assert verify.differences(hf, native) == []
     assert native.formats["params/moe/mlp/experts/gate_up_EPFD"] == "fp8:16x16"
+
+
+@pytest.mark.parametrize("kind", ["hf", "native"])
+def test_fp8_activations_leave_the_stored_codes_alone(tmp_path: Path, kind: str) -> None:
+    """`--quantize fp8+act8` on a released folder: no byte is rounded again, blocks stay the folder's own."""
+    fp8_folder(tmp_path / "hf", scales=ml_dtypes.float8_e8m0fnu, mtp=0)
+    from_hf.convert(tmp_path / "hf", tmp_path / "native")
+    source = open_source(tmp_path / kind, folders.abstract_variables)
+    columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
+    formats, _ = choose_formats(columns, source.formats, parse_format("fp8+act8"))
+    assert {formats[path] for path in source.formats} == {"fp8:16x16+act8"}
+    stored = flatten_paths(source.load(formats=source.formats))
+    for path, leaf in flatten_paths(source.load(formats=formats)).items():
+        if path in source.formats:
+            assert leaf.coding.activations == "fp8"
+            np.testing.assert_array_equal(leaf.codes, stored[path].codes)
+            np.testing.assert_array_equal(leaf.scales, stored[path].scales)
 
 
 def test_values_of_a_kept_folder(tmp_path: Path) -> None:

@@ -18,13 +18,27 @@ def matrix(rows, columns, seed=0):
     return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
 
 
-@pytest.mark.parametrize("text", [*FORMATS, "int4a:128", "int8+act8", "int8:64+act8"])
+@pytest.mark.parametrize(
+    "text", [*FORMATS, "int4a:128", "int8+act8", "int8:64+act8", "fp8+act8", "fp8:16x32+act8"]
+)
 def test_names_read_back(text):
     assert str(parse_format(text)) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["int3", "fp8:64", "int4:7", "int4:8", "int8+act4", "int4+act8", "", "int8:x"]
+    "text",
+    [
+        "int3",
+        "fp8:64",
+        "int4:7",
+        "int4:8",
+        "int8+act4",
+        "int4+act8",
+        "fp8+act4",
+        "fp8:16x16+act4",
+        "",
+        "int8:x",
+    ],
 )
 def test_other_names_are_refused(text):
     with pytest.raises(ConfigError, match="quantisation format"):

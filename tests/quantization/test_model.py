@@ -40,6 +40,23 @@ def test_a_forward_pass_in_scanned_layers(text):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
+def test_fp8_activations_are_rounded_in_every_product():
+    """Logits of fp8+act8 leave those of the same codes by the rounding of activations (3 bits), and only by it."""
+    cfg, variables = small("v3")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9)), jnp.int32)
+
+    @jax.jit
+    def logits(variables):
+        model = Transformer(cfg)
+        return model.apply(variables, model.apply(variables, tokens).hidden_BTD, method="logits")
+
+    exact, rounded = (
+        logits(quantized_variables(cfg, variables, text)[0]) for text in ("fp8:16x16", "fp8:16x16+act8")
+    )
+    off = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-3 < off < 0.15, off
+
+
 def test_unstacked_layers_keep_their_codes():
     cfg, variables = small("v3")
     coded, whole = quantized_variables(cfg, variables, "int8")

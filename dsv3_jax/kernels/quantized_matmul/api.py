@@ -27,8 +27,10 @@ def quantized_matmul(
     """y[n, r] = sum over k of x[n, k] value[r, k], the weight as stored: [out, in] and quantised.
 
     Values are made in float32, rounded once to x's dtype, and multiplied with a float32 sum; with
-    `coding.activations == "int8"` tokens are quantised too (scale max |x| / 127) and sums are whole numbers.
-    Differentiable in x (of the 8 x 8 product: as if x had not been rounded); the weight is frozen.
+    `coding.activations == "int8"` tokens are quantised too (scale max |x| / 127) and sums are whole numbers; with
+    "fp8" they are e4m3 with a scale per token and block of columns (`fp8_matmul.quantize`), values stay float32 and
+    only y is rounded to x's dtype.
+    Differentiable in x (where x is quantised: as if it had not been); the weight is frozen.
 
     Args:
       x_NK: activations.
@@ -71,7 +73,7 @@ def grouped_quantized_matmul(
       y_NF in x's dtype.
 
     Raises:
-      ValueError: shapes disagree, the coding quantises activations, or the implementation is unknown.
+      ValueError: shapes disagree, the coding has int8 activations, or the implementation is unknown.
     """
     if x_ND.ndim != 2 or codes_EFD.ndim != 3 or group_sizes_E.shape != codes_EFD.shape[:1]:
         raise ValueError(
@@ -79,8 +81,8 @@ def grouped_quantized_matmul(
             f"{group_sizes_E.shape}"
         )
     _check(x_ND.shape[1], codes_EFD, scales, zeros, coding)
-    if coding.activations != "none":
-        raise ValueError("experts take activations as they are: activations 'none' expected")
+    if coding.activations == "int8":
+        raise ValueError("experts take no int8 activations: 'none' or (fp8 weights) 'fp8' expected")
     function = resolve("grouped_quantized_matmul", implementation, GROUPED_QUANTIZED_MATMUL)
     sizes_E = jnp.asarray(group_sizes_E, jnp.int32)
     return function(x_ND, _arrays(codes_EFD, scales, zeros), sizes_E, coding)

@@ -32,13 +32,14 @@ class Coding:
     Attributes:
       kind: what a code is.
       block_rows, block_columns: the part of the matrix that shares a scale; the last block of a side may be partial.
-      activations: "int8" quantises the other operand per token as well (int8 weights only).
+      activations: what the other operand is rounded to: "int8" per token (int8 weights), "fp8" e4m3 per token and
+        `block_columns` columns (fp8 weights).
     """
 
     kind: Kind
     block_rows: int
     block_columns: int
-    activations: Literal["none", "int8"] = "none"
+    activations: Literal["none", "int8", "fp8"] = "none"
 
     def __post_init__(self) -> None:
         if self.kind not in ("fp8", "int8", "int4"):
@@ -49,8 +50,10 @@ class Coding:
             )
         if self.kind == "int4" and (self.block_columns % 2 or self.block_rows != 1):
             raise ValueError(f"int4 has groups of an even number of columns, not {self.block_columns}")
-        if self.activations != "none" and self.kind != "int8":
-            raise ValueError(f"8-bit activations go with int8 weights, not with {self.kind}")
+        if self.activations not in ("none", self.kind) or (self.activations == self.kind == "int4"):
+            raise ValueError(
+                f"8-bit activations go with weights of their kind: {self.activations} not with {self.kind}"
+            )
 
     def with_block_rows(self, rows: int) -> Coding:
         """The same with other block rows."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dsv3_jax.kernels.fp8_matmul.quantize import quantize_lines, values
 from dsv3_jax.kernels.grouped_matmul.reference import (
     ROWS_BY_VECTOR,
     _dot,
@@ -125,6 +126,8 @@ def quantized_matmul(x_NK: Array, parts: Parts, coding: Coding) -> Array:
     """See `api.quantized_matmul`."""
     if coding.activations == "int8":
         return _eight_by_eight(x_NK, parts, coding)
+    if coding.activations == "fp8":
+        return _forward(_rounded(x_NK, coding), parts, coding).astype(x_NK.dtype)
     return _forward(x_NK, parts, coding)
 
 
@@ -132,6 +135,15 @@ quantized_matmul.defvjp(
     lambda x_NK, parts, coding: (quantized_matmul(x_NK, parts, coding), (parts, x_NK.shape[1])),
     lambda coding, saved, dy_NR: (_backward(dy_NR, saved[0], coding, saved[1]), _no_gradient(saved[0])),
 )
+
+
+def _rounded(x_NK: Array, coding: Coding) -> Array:
+    """What the e4m3 codes of activations stand for, float32.
+
+    Both operands' scales are applied before the sum instead of after each 128 columns: in float32 that only rounds
+    elsewhere, and the slabs are those of every other format.
+    """
+    return values(quantize_lines(x_NK, coding.block_columns), block_columns=coding.block_columns)
 
 
 def quantize_activations(x_NK: Array) -> tuple[Array, Array]:
@@ -228,11 +240,14 @@ def grouped_quantized_matmul(x_ND: Array, parts: Parts, sizes_E: Array, coding: 
     """See `api.grouped_quantized_matmul`."""
     N, D = x_ND.shape
     E, F = parts[0].shape[:2]
+    dtype = x_ND.dtype
     if N == 0:
-        return jnp.zeros((0, F), x_ND.dtype)
+        return jnp.zeros((0, F), dtype)
+    if coding.activations == "fp8":
+        x_ND = _rounded(x_ND, coding)
     if ROWS_BY_VECTOR * E >= N:
-        return _by_vector(x_ND, parts, sizes_E, coding)
-    return _by_tile(x_ND, parts, sizes_E, coding, D, 1)
+        return _by_vector(x_ND, parts, sizes_E, coding).astype(dtype)
+    return _by_tile(x_ND, parts, sizes_E, coding, D, 1).astype(dtype)
 
 
 grouped_quantized_matmul.defvjp(
