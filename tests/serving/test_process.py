@@ -174,7 +174,13 @@ def test_the_key_guards_the_api_and_nothing_else(server: fake.Process) -> None:
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer" and "s3cre" not in answer.text
     assert httpx.post(f"{url}/generate", json={"prompt": "ab"}, headers=GOOD).json()["text"] == "ba"
-    for scheme, answered in (("Bearer", 200), ("bearer", 200), ("BEARER  ", 200), ("Basic", 401), ("Token", 401)):
+    for scheme, answered in (
+        ("Bearer", 200),
+        ("bearer", 200),
+        ("BEARER  ", 200),
+        ("Basic", 401),
+        ("Token", 401),
+    ):
         headers = {"Authorization": f"{scheme} s3cret"}
         assert httpx.get(f"{url}/v1/models", headers=headers).status_code == answered
     for path in ("/livez", "/readyz", "/health", "/metrics"):

@@ -46,12 +46,7 @@ def queries_gradient(
     ):  # fmt: skip
         b, h, wg = (lax.axis_index(name) for name in ("batch", "heads", "wg"))
         i = blocks - 1 - lax.axis_index("blocks")
-        first, stop = jnp.int32(0), jnp.int32(key_tiles)
-        if plan.causal:
-            stop = jnp.minimum(stop, (i + 1) * (BLOCK // TILE))
-        if packed:
-            first, end = bounds_ref[b, 0, i], bounds_ref[b, 1, i]
-            stop = jnp.maximum(first, jnp.minimum(stop, end))
+        first, stop = mt.key_range(plan, bounds_ref, b, i, key_tiles, TILE)
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
@@ -70,19 +65,6 @@ def queries_gradient(
             plgpu.barrier_wait(ready)
             shape = (ROWS, TILE)
 
-            def visible(j, slot):
-                parts = []
-                keys = j * TILE + mt.positions(shape, 1)
-                if plan.causal:
-                    parts.append(start + mt.positions(shape, 0) >= keys)
-                elif not packed:
-                    # A key of padding has score 0, which may be far above lse: infinite weight times zeros.
-                    parts.append(keys < S)
-                if packed:
-                    ids_s = shim.load(ids_smem.at[slot], layout=mt.columns_layout())
-                    parts.append(mt.over_rows(ids_t, shape) == mt.over_columns(ids_s, shape))
-                return parts[0] if len(parts) == 1 else parts[0] & parts[1]
-
             def step(j, dq, masked):
                 slot = lax.rem(j - first, stages)
                 k_tile = k_smem.at[slot]
@@ -95,7 +77,8 @@ def queries_gradient(
                 plgpu.barrier_arrive(v_free.at[slot])
                 p = jnp.exp2(scores * unit)
                 if masked:
-                    p = jnp.where(visible(j, slot), p, 0.0)
+                    # A key of padding has score 0, which may be far above lse: infinite weight times zeros.
+                    p = jnp.where(mt.visible(plan, start, j, TILE, S, ids_t, ids_smem.at[slot]), p, 0.0)
                 dq = mt.accumulate((dq, (p * dp).astype(dtype), k_tile))
                 if packed:
                     plgpu.commit_smem()  # The ids were read by plain loads: before a copy overwrites them.
@@ -128,19 +111,11 @@ def queries_gradient(
 
         @pl.when(wg == WARPGROUPS)
         def _move():
-            plgpu.set_max_registers(mt.MEMORY_REGISTERS, action="decrease")
             g = lax.div(h, H // G)
-
-            @pl.loop(first, stop)
-            def _tile(j):
-                slot, keys = lax.rem(j - first, stages), pl.ds(j * TILE, TILE)
-                again = j - first >= stages
-                pl.when(again)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                plgpu.copy_gmem_to_smem(k_ref.at[b, keys, g], k_smem.at[slot], k_ready.at[slot])
-                if packed:
-                    plgpu.copy_gmem_to_smem(ids_s_ref.at[b, keys], ids_smem.at[slot], k_ready.at[slot])
-                pl.when(again)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[b, keys, g], v_smem.at[slot], v_ready.at[slot])
+            sources = (k_ref.at[b, :, g], v_ref.at[b, :, g], ids_s_ref.at[b] if packed else None)
+            mt.move_keys(
+                first, stop, sources, (k_smem, v_smem, ids_smem), (k_ready, v_ready), (k_free, v_free)
+            )
 
     return mt.launch(
         attention_dq,

@@ -44,12 +44,7 @@ def forward(
         b, h, wg = (lax.axis_index(name) for name in ("batch", "heads", "wg"))
         # Longest blocks first: with causality the last queries have the most keys.
         i = blocks - 1 - lax.axis_index("blocks")
-        first, stop = jnp.int32(0), jnp.int32(key_tiles)
-        if plan.causal:
-            stop = jnp.minimum(stop, lax.div((i + 1) * BLOCK + s - 1, s))
-        if packed:
-            first, end = bounds_ref[b, 0, i], bounds_ref[b, 1, i]
-            stop = jnp.maximum(first, jnp.minimum(stop, end))
+        first, stop = mt.key_range(plan, bounds_ref, b, i, key_tiles, s)
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
@@ -67,25 +62,14 @@ def forward(
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
-            def visible(j, slot):
-                shape, parts = (ROWS, s), []
-                keys = j * s + mt.positions(shape, 1)
-                if plan.causal:
-                    parts.append(start + mt.positions(shape, 0) >= keys)
-                elif S % s and not packed:
-                    parts.append(keys < S)
-                if packed:
-                    ids_s = shim.load(ids_smem.at[slot], layout=mt.columns_layout())
-                    parts.append(mt.over_rows(ids_t, shape) == mt.over_columns(ids_s, shape))
-                return parts[0] if len(parts) == 1 else parts[0] & parts[1]
-
             def step(j, carry, masked):
                 out, top, total = carry
                 slot = lax.rem(j - first, stages)
                 plgpu.barrier_wait(k_ready.at[slot])
                 scores = mt.product(q_tile, shim.transpose(k_smem.at[slot], (1, 0)), take_turns)
                 if masked:
-                    scores = jnp.where(visible(j, slot), scores, -jnp.inf)
+                    seen = mt.visible(plan, start, j, s, S, ids_t, ids_smem.at[slot])
+                    scores = jnp.where(seen, scores, -jnp.inf)
                 if packed:
                     plgpu.commit_smem()  # The ids were read by plain loads: before a copy overwrites them.
                 plgpu.barrier_arrive(k_free.at[slot])
@@ -136,19 +120,11 @@ def forward(
 
         @pl.when(wg == WARPGROUPS)
         def _move():
-            plgpu.set_max_registers(mt.MEMORY_REGISTERS, action="decrease")
             g = lax.div(h, H // G)
-
-            @pl.loop(first, stop)
-            def _tile(j):
-                slot, keys = lax.rem(j - first, stages), pl.ds(j * s, s)
-                again = j - first >= stages
-                pl.when(again)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                plgpu.copy_gmem_to_smem(k_ref.at[b, keys, g], k_smem.at[slot], k_ready.at[slot])
-                if packed:
-                    plgpu.copy_gmem_to_smem(ids_s_ref.at[b, keys], ids_smem.at[slot], k_ready.at[slot])
-                pl.when(again)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[b, keys, g], v_smem.at[slot], v_ready.at[slot])
+            sources = (k_ref.at[b, :, g], v_ref.at[b, :, g], ids_s_ref.at[b] if packed else None)
+            mt.move_keys(
+                first, stop, sources, (k_smem, v_smem, ids_smem), (k_ready, v_ready), (k_free, v_free)
+            )
 
     def attention_forward(*refs):
         # The output of a warpgroup takes the place of its queries; both have the same bytes a warpgroup.

@@ -91,6 +91,58 @@ def visible_tiles(ids_BT: jax.Array, t: int, ids_BS: jax.Array, s: int) -> jax.A
     return jnp.stack([jnp.minimum(first_Bi, last_Bi), last_Bi], axis=1).astype(jnp.int32)
 
 
+def key_range(plan: Plan, bounds_ref: Any, b: Any, i: Any, tiles: int, s: int) -> tuple[Any, Any]:
+    """The tiles [first, stop) of s keys that block i of queries visits; `bounds_ref` of `visible_tiles`, or None."""
+    first, stop = jnp.int32(0), jnp.int32(tiles)
+    if plan.causal:
+        stop = jnp.minimum(stop, lax.div((i + 1) * BLOCK + s - 1, s))
+    if bounds_ref is not None:
+        first, end = bounds_ref[b, 0, i], bounds_ref[b, 1, i]
+        stop = jnp.maximum(first, jnp.minimum(stop, end))
+    return first, stop
+
+
+def visible(plan: Plan, start: Any, j: Any, s: int, S: int, ids_t: Any, ids_s_ref: Any) -> jax.Array:
+    """[ROWS, s]: which of tile j's keys the queries from `start` on see.
+
+    S is how many keys there are; `ids_t` the queries' ids, or None, then `ids_s_ref` is not read.
+    """
+    shape, parts = (ROWS, s), []
+    keys = j * s + positions(shape, 1)
+    if plan.causal:
+        parts.append(start + positions(shape, 0) >= keys)
+    elif ids_t is None:
+        parts.append(keys < S)
+    if ids_t is not None:
+        ids_s = shim.load(ids_s_ref, layout=columns_layout())
+        parts.append(over_rows(ids_t, shape) == over_columns(ids_s, shape))
+    return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+
+
+def move_keys(first: Any, stop: Any, sources: Any, tiles: Any, ready: Any, free: Any) -> None:
+    """The moving warpgroup: keys, values and ids (or None) of one head, tile by tile ahead of their use.
+
+    Args:
+      sources: references in global memory, keys first.
+      tiles: of shared memory, one a stage; ready, free: barriers of keys and of values.
+    """
+    plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+    (k_ref, v_ref, ids_ref), (k_smem, v_smem, ids_smem) = sources, tiles
+    (k_ready, v_ready), (k_free, v_free) = ready, free
+    stages, s = k_smem.shape[:2]
+
+    @pl.loop(first, stop)
+    def _tile(j):
+        slot, keys = lax.rem(j - first, stages), pl.ds(j * s, s)
+        again = j - first >= stages
+        pl.when(again)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+        plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], k_ready.at[slot])
+        if ids_ref is not None:
+            plgpu.copy_gmem_to_smem(ids_ref.at[keys], ids_smem.at[slot], k_ready.at[slot])
+        pl.when(again)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+        plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], v_ready.at[slot])
+
+
 def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the tiling and 128-byte swizzle that tensor cores read."""
     columns = 128 // jnp.dtype(dtype).itemsize
