@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
         "dsv3_jax.infer_flags",
     },
     {"dsv3_jax.model"},
-    {"dsv3_jax.inference"},
+    {"dsv3_jax.inference", "dsv3_jax.finetune"},
     {"dsv3_jax.training"},
     {"dsv3_jax.serving"},
     {"dsv3_jax.planning"},

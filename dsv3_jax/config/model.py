@@ -36,6 +36,7 @@ LEGEND = {
     "G": "expert groups",
     "K": "experts per token",
     "L": "layers of a stack",
+    "O": "rank of a LoRA pair",
     "V": "vocabulary",
 }
 

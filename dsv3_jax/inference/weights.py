@@ -7,6 +7,7 @@ parameters) 71 ms a step at batch 1 against 15 ms with one array a layer.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.adapted import Adapted
 from dsv3_jax.quantization.leaf import Quantized
 
 KEPT_FLOAT32 = ("router_ED", "weights_YD")
@@ -64,6 +66,10 @@ def _cast(tree: Mapping[str, Any], dtype: str, at: int | None = None) -> dict[st
     for name, leaf in tree.items():
         if isinstance(leaf, Mapping):
             result[name] = _cast(leaf, dtype, at)
+            continue
+        if isinstance(leaf, Adapted):
+            pair = {"base": leaf.base, "a": leaf.a, "b": leaf.b}
+            result[name] = dataclasses.replace(leaf, **_cast(pair, dtype, at))
             continue
         if isinstance(leaf, Quantized):
             result[name] = jax.tree.map(

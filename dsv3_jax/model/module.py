@@ -6,6 +6,7 @@ sharding axes (`dsv3_jax.parallel.rules`), its einsum subscripts and its place i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from dsv3_jax.config import ModelConfig, shape_of
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul as _grouped_matmul
 from dsv3_jax.kernels.grouped_matmul import grouped_swiglu as _grouped_swiglu
 from dsv3_jax.kernels.registry import full_precision
+from dsv3_jax.model.adapted import Adapted
 from dsv3_jax.parallel.leaves import Sharded, enter, leave
 from dsv3_jax.quantization.leaf import Multiplying
 
@@ -56,10 +58,14 @@ def einsum(equation: str, x: Array, weight: Any, *, dtype: Any = None) -> Array:
     The weight is cast to the compute type (`dtype`, by default that of `x`); the sum is float32 inside. A `Sharded`
     weight is gathered for this product alone, again in backward; one that stays cut over an axis gives that part of
     the outputs, or, where the letter it is cut along is summed over, the whole sum. A quantised weight is
-    multiplied as it is stored.
+    multiplied as it is stored; a LoRA pair adds two small products.
     """
     dtype = dtype or x.dtype
     x = x.astype(dtype)
+    if isinstance(weight, Adapted):
+        (first, one), (second, two) = weight.steps(equation)
+        y = einsum(equation, x, weight.base)
+        return y + einsum(second, einsum(first, x, one) * weight.scale, two)
     if isinstance(weight, Multiplying):
         return _quantized_product(equation, x, weight)
     if not isinstance(weight, Sharded):
@@ -113,6 +119,9 @@ def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
 
     A weight that is cut over an axis gives the product with this device's part (`RoutedExperts` adds them up).
     """
+    if isinstance(weight, Adapted):
+        y_NF = grouped_matmul(x_ND, weight.base, group_sizes_E, implementation=implementation)
+        return y_NF + _grouped_pair(x_ND, weight, group_sizes_E)
     if isinstance(weight, Multiplying):
         return weight.grouped(x_ND, group_sizes_E)
     weight = weight.astype(x_ND.dtype)
@@ -120,13 +129,36 @@ def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
     return _grouped_matmul(x_ND, matrices, group_sizes_E, implementation=implementation)
 
 
+def _grouped_pair(x_ND: Array, weight: Adapted, group_sizes_E: Array) -> Array:
+    """The experts' pairs, in whatever implementation takes matrices as narrow as a rank."""
+
+    def whole(part: Any) -> Array:
+        # Beside a weight that is cut, the factor that is not cut has a part of its gradient on every device.
+        mine = part.astype(x_ND.dtype)
+        cut = weight.cut
+        return enter(mine, cut[1]) if cut and getattr(part, "cut", None) is None else mine
+
+    a, b = whole(weight.a), whole(weight.b)
+    E, rank = group_sizes_E.shape[0], b.shape[-1]
+    middle = _grouped_matmul(x_ND, a.reshape(E, -1, x_ND.shape[-1]), group_sizes_E) * weight.scale
+    b = b.reshape(E, middle.shape[-1] // rank, -1, rank)  # gate and up have a pair each
+    return jnp.concatenate(
+        [
+            _grouped_matmul(middle[:, i * rank : (i + 1) * rank], b[:, i], group_sizes_E)
+            for i in range(b.shape[1])
+        ],
+        axis=-1,
+    )
+
+
 def grouped_swiglu(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementation: str = "auto") -> Array:
     """Rows sorted by expert through their expert's gate and up, [E, 2, F, in]: silu(gate) * up, [N, F].
 
     A weight that is cut over an axis gives this device's part of F.
     """
-    if isinstance(weight, Multiplying):
-        gate_NF, up_NF = jnp.split(weight.grouped(x_ND, group_sizes_E), 2, axis=-1)
+    if isinstance(weight, (Multiplying, Adapted)):
+        both_NF = grouped_matmul(x_ND, weight, group_sizes_E, implementation=implementation)
+        gate_NF, up_NF = jnp.split(both_NF, 2, axis=-1)
         return jax.nn.silu(gate_NF) * up_NF
     weight = weight.astype(x_ND.dtype)
     return _grouped_swiglu(x_ND, weight, group_sizes_E, implementation=implementation)
@@ -139,6 +171,10 @@ def rows(weight: Any, ids: Array, dtype: Any) -> Array:
 
 def part(weight: Any, axis: int, start: int, stop: int) -> Any:
     """A slice of a weight along one axis, e.g. the key rows of kv_b."""
+    if isinstance(weight, Adapted):
+        assert weight.lead <= axis < weight.ndim - weight.inputs, (axis, weight.shape)  # rows, which b has
+        rows_of = {name: part(getattr(weight, name), axis, start, stop) for name in ("base", "b")}
+        return dataclasses.replace(weight, **rows_of)
     if isinstance(weight, Multiplying):  # blocks need not end where the slice does
         weight = weight.astype(jnp.float32)
     return jax.lax.slice_in_dim(weight, start, stop, axis=axis)

@@ -135,12 +135,14 @@ leave.defvjp(lambda x, axis: (lax.psum(x, axis), None), lambda axis, _, g: (g,))
 
 def entering(x: Array, weight: Any) -> Array:
     """x as used beside `weight` by each of the devices that the weight is cut over; x itself if it is not cut."""
-    return enter(x, weight.cut[1]) if isinstance(weight, Sharded) and weight.cut else x
+    cut = getattr(weight, "cut", None)
+    return enter(x, cut[1]) if cut else x
 
 
 def leaving(x: Array, weight: Any) -> Array:
     """The sum of what the devices that `weight` is cut over computed; x itself if it is not cut."""
-    return leave(x, weight.cut[1]) if isinstance(weight, Sharded) and weight.cut else x
+    cut = getattr(weight, "cut", None)
+    return leave(x, cut[1]) if cut else x
 
 
 # --- trees ----------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
 def test_sizes_of_dimensions() -> None:
     cfg = ModelConfig()
     sizes = dims(cfg)
-    assert set(sizes) | {"B", "T", "S", "L"} == set(LEGEND)
+    assert set(sizes) | {"B", "T", "S", "L", "O"} == set(LEGEND)
     assert shape_of(cfg, "HQA") == (128, 192, 1536) and shape_of(cfg, "JD") == (576, 7168)
     assert (sizes["W"], sizes["X"], sizes["M"], sizes["P"]) == (256, 14336, 2048, 2)
     with pytest.raises(AssertionError, match="repeat"):
