@@ -13,13 +13,14 @@ import functools
 import hashlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from dsv3_jax.checkpoint.source import Source
 from dsv3_jax.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ from dsv3_jax.model.attention import Context
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.rope import rope_tables
 from dsv3_jax.quantization.formats import Parts, parse_format, quantize
-from dsv3_jax.quantization.gptq import gptq
+from dsv3_jax.quantization.gptq import Factor, factor, gptq_each
 from dsv3_jax.quantization.leaf import quantized_leaf
 from dsv3_jax.quantization.recorded import Moments, Recorded
 from dsv3_jax.text import Tokenizer
@@ -124,9 +125,7 @@ class Calibrated:
             for path, leaf in leaves.items()
         }
         self._run(kind, recorded, keep=False)
-        self._parts = {
-            entry.name: self._round(entry, leaves) for entry in entries if entry.path in self._formats
-        }
+        self._parts = self._round(entries, leaves)
         self._run(kind, self._rounded(entries, leaves), keep=True)
         if not self._quiet:
             print(f"calibrated layer {self._layer + 1} of {cfg.num_hidden_layers}", file=sys.stderr)
@@ -163,29 +162,49 @@ class Calibrated:
             if keep:
                 hidden_BTD[rows] = np.asarray(out)
 
-    def _round(self, entry: HFEntry, leaves: dict[str, np.ndarray]) -> Parts:
-        fmt = parse_format(self._formats[entry.path])
-        matrix = leaves[entry.path][entry.index[1:]].reshape(entry.hf_shape)
-        if entry.path not in self._moments.sums:
-            return quantize(matrix, fmt)
-        moment, count = self._moments.sums[entry.path], self._moments.counts[entry.path]
-        if moment.ndim == 3:
-            expert = entry.index[1]
-            total = max(int(count.sum()), 1)
-            moment = (moment[expert] + PRIOR * moment.sum(0) / total) / (count[expert] + PRIOR)
-        try:
-            return gptq(matrix, moment, fmt)
-        except DataError as error:
-            raise DataError(f"{entry.name}: {error}") from None
+    def _round(self, entries: list[HFEntry], leaves: dict[str, np.ndarray]) -> dict[str, Parts]:
+        """Codes of the layer's tensors by name, leaf by leaf."""
+        found: dict[str, Parts] = {}
+        factors: dict[str, Factor] = {}
+        for path, own in _by_path(entries, self._formats).items():
+            fmt, K = parse_format(self._formats[path]), own[0].hf_shape[-1]
+            sums = self._moments.sums.get(path)
+            # Tensors that share a moment matrix (an expert's gate and up) lie on top of each other, as in the leaf.
+            apart = len(leaves[path]) if sums is not None and sums.ndim == 3 else 1
+            matrices_BRK = leaves[path].reshape(apart, -1, K)
+            try:
+                if sums is None:
+                    parts = quantize(matrices_BRK, fmt)
+                else:
+                    parts = gptq_each(matrices_BRK, self._factors(path, factors), fmt)
+            except DataError as error:
+                raise DataError(f"{path}, layer {own[0].index[0]}: {error}") from None
+            rows = own[0].hf_shape[0]
+            stacks = [None if part is None else part.reshape(-1, rows, part.shape[-1]) for part in parts]
+            for i, entry in enumerate(own):
+                found[entry.name] = Parts(*(None if stack is None else stack[i] for stack in stacks))
+        return found
+
+    def _factors(self, path: str, known: dict[str, Factor]) -> Callable[[int], Factor]:
+        """The factor of a leaf's moments; of experts each its own moments and PRIOR inputs of the average expert.
+
+        Args:
+          known: factors of the layer so far: leaves with the same inputs (q_a and kv_a) share theirs.
+        """
+        sums, counts = self._moments.sums, self._moments.counts[path]
+        if counts.ndim:
+            prior_KK = sums[path].sum(0) * (PRIOR / max(int(counts.sum()), 1))
+            return lambda expert: factor((sums[path][expert] + prior_KK) / (counts[expert] + PRIOR))
+        like = next((other for other in known if np.array_equal(sums[other], sums[path])), path)
+        if like not in known:
+            with threadpool_limits(1):  # see gptq_each
+                known[like] = factor(sums[like])
+        return lambda _: known[like]
 
     def _rounded(self, entries: list[HFEntry], leaves: dict[str, np.ndarray]) -> dict[str, Any]:
         """The layer as it will be: quantised leaves from the codes just made."""
         result: dict[str, Any] = dict(leaves)
-        by_path: dict[str, list[HFEntry]] = {}
-        for entry in entries:
-            if entry.path in self._formats:
-                by_path.setdefault(entry.path, []).append(entry)
-        for path, own in by_path.items():
+        for path, own in _by_path(entries, self._formats).items():
             lead = leaves[path].shape[: len(own[0].index) - 1]
             parts = [
                 None
@@ -209,6 +228,15 @@ def _layer(cfg: Any, kind: Kind, variables: Any, x_BTD: jax.Array) -> jax.Array:
     ctx = Context(rope_tables(cfg, positions_BT), positions_BT, None, positions_BT >= 0)
     (x_BTD, _), _ = Block(cfg, kind, "expanded").apply(variables, (x_BTD, None), jnp.int32(0), ctx)
     return x_BTD
+
+
+def _by_path(entries: list[HFEntry], formats: Mapping[str, str]) -> dict[str, list[HFEntry]]:
+    """The tensors of each leaf that is rounded, in leaf order."""
+    found: dict[str, list[HFEntry]] = {}
+    for entry in entries:
+        if entry.path in formats:
+            found.setdefault(entry.path, []).append(entry)
+    return found
 
 
 def _apart(columns: int, shape: tuple[int, ...]) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from dsv3_jax.errors import DataError
 from dsv3_jax.quantization import formats
 from dsv3_jax.quantization.formats import parse_format, quantize
-from dsv3_jax.quantization.gptq import gptq
+from dsv3_jax.quantization.gptq import CLIPPINGS, factor, gptq, gptq_each
 
 FORMATS = ["int8", "int4:32", "int4a:32"]
 
@@ -39,7 +39,8 @@ def test_it_beats_nearest_where_inputs_are_correlated(text, columns):
 def test_white_inputs_leave_nothing_to_make_up_for(text):
     fmt = parse_format(text)
     w = np.random.default_rng(1).standard_normal((5, 192)).astype(np.float32)
-    for ours, nearest in zip(gptq(w, np.eye(192), fmt), quantize(w, fmt), strict=True):
+    unclipped = gptq(w, np.eye(192), fmt, clippings=(1.0,))
+    for ours, nearest in zip(unclipped, quantize(w, fmt), strict=True):
         np.testing.assert_array_equal(ours, nearest)
 
 
@@ -58,6 +59,44 @@ def test_the_loss_is_that_of_a_plain_solver():
         left -= np.outer((left[:, k] - want[:, k]) / inverse[k, k], inverse[k])
         inverse -= np.outer(inverse[:, k], inverse[k]) / inverse[k, k]
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("text", ["int4:32", "int4a:32"])
+def test_clipping_pays_where_a_group_has_one_large_weight(text):
+    fmt = parse_format(text)
+    x = correlated(600, 64)
+    w = np.random.default_rng(1).standard_normal((24, 64)).astype(np.float32)
+    w[:, ::16] *= 1.5
+    seen, unseen = x[:400], x[400:]
+    clipped, whole = (gptq(w, seen.T @ seen, fmt, clippings) for clippings in (CLIPPINGS, (1.0,)))
+    assert loss(w, clipped, fmt, unseen) < 0.95 * loss(w, whole, fmt, unseen)
+    assert (clipped.scales <= whole.scales.max()).all()
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_pieces_side_by_side_are_each_matrix_alone(text, monkeypatch):
+    """Several matrices a piece, and several pieces a matrix: as one by one, up to a tie in rounding."""
+    fmt = parse_format(text)
+    rng = np.random.default_rng(1)
+    matrices = rng.standard_normal((5, 24, 64)).astype(np.float32)
+    hessians = [x.T @ x for x in (correlated(100, 64, seed) for seed in range(5))]
+    alone = [gptq(w, H, fmt) for w, H in zip(matrices, hessians, strict=True)]
+    for nbytes in (2 * 24 * 64 * 8, 7 * 64 * 8):
+        monkeypatch.setattr("dsv3_jax.quantization.gptq._PIECE_BYTES", nbytes)
+        together = gptq_each(matrices, lambda i: factor(hessians[i]), fmt)
+        for b, one in enumerate(alone):
+            for ours, theirs in zip(together, one, strict=True):
+                if theirs is not None:
+                    np.testing.assert_allclose(ours[b], theirs, rtol=1e-6)
+
+
+def test_a_factor_is_that_of_the_inverse():
+    x = correlated(100, 40)
+    H = x.T @ x
+    upper, dead = factor(H)
+    assert not dead.any() and (np.tril(upper, -1) == 0).all()
+    damped = H + 0.01 * np.mean(np.diag(H)) * np.eye(40)
+    np.testing.assert_allclose(upper.T @ upper @ damped, np.eye(40), atol=1e-9)
 
 
 def test_columns_that_no_input_reaches_are_harmless():
