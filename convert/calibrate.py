@@ -180,9 +180,9 @@ class Calibrated:
             except DataError as error:
                 raise DataError(f"{path}, layer {own[0].index[0]}: {error}") from None
             rows = own[0].hf_shape[0]
-            stacks = [None if part is None else part.reshape(-1, rows, part.shape[-1]) for part in parts]
+            stack = parts.map(lambda part, rows=rows: part.reshape(-1, rows, part.shape[-1]))  # type: ignore[misc]
             for i, entry in enumerate(own):
-                found[entry.name] = Parts(*(None if stack is None else stack[i] for stack in stacks))
+                found[entry.name] = stack.map(lambda part, i=i: part[i])  # type: ignore[misc]
         return found
 
     def _factors(self, path: str, known: dict[str, Factor]) -> Callable[[int], Factor]:

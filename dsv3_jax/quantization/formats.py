@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import ml_dtypes
@@ -41,6 +42,11 @@ class Parts(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all three."""
         return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> Parts:
+        """The same change to each of them."""
+        zeros = None if self.zeros is None else change(self.zeros)
+        return Parts(change(self.codes), change(self.scales), zeros)
 
 
 @dataclasses.dataclass(frozen=True)

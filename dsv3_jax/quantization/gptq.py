@@ -73,8 +73,7 @@ def gptq(
     """
     with threadpool_limits(1):
         own = factor(hessian_KK)
-    parts = gptq_each(matrix_RK[None], lambda _: own, fmt, clippings)
-    return Parts(*(None if part is None else part[0] for part in parts))
+    return gptq_each(matrix_RK[None], lambda _: own, fmt, clippings).map(lambda part: part[0])
 
 
 def gptq_each(
@@ -113,9 +112,9 @@ def gptq_each(
 
 
 def _joined(pieces: Sequence[Parts], axis: int) -> Parts:
-    return Parts(
-        *(None if part[0] is None else np.concatenate(part, axis) for part in zip(*pieces, strict=True))
-    )
+    codes, scales, zeros = zip(*pieces, strict=True)
+    joined = None if zeros[0] is None else np.concatenate(zeros, axis)
+    return Parts(np.concatenate(codes, axis), np.concatenate(scales, axis), joined)
 
 
 class _Rounding:
