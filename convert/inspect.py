@@ -40,6 +40,8 @@ def facts(source: Source) -> list[tuple[str, str]]:
     cfg = source.cfg
     stored: collections.Counter[str] = collections.Counter(tensor.dtype for tensor in source.tensors.values())
     disk = describe(source.folder)
+    counts = collections.Counter(source.formats.values())
+    formats = ", ".join(f"{count} {fmt}" for fmt, count in counts.most_common())
     layers = f"{cfg.num_dense_layers} dense + {cfg.num_moe_layers} expert"
     if cfg.num_nextn_predict_layers:
         layers += f" + {cfg.num_nextn_predict_layers} multi-token prediction"
@@ -55,6 +57,7 @@ def facts(source: Source) -> list[tuple[str, str]]:
         ("width", f"{cfg.hidden_size}, {cfg.num_attention_heads} heads, vocabulary {cfg.vocab_size:,}"),
         ("tensors", f"{len(source.entries):,} + {len(source.aliases)} copies of another"),
         ("dtypes", ", ".join(f"{name} {count:,}" for name, count in stored.most_common())),
+        ("quantised", f"{formats} of {len(source.leaf_dtypes)} leaves" if formats else ""),
         ("on disk", f"{disk['bytes'] / 1e9:.3f} GB in {disk['files']:,} files"),
         ("tokenizer", "none" if source.tokenizer_dir is None else str(source.tokenizer_dir)),
     ]

@@ -73,6 +73,7 @@ def choose_formats(
       ConfigError: as `chosen_leaves`, or no leaf is left.
     """
     formats, notes = dict(stored), []
+    twice: dict[str, int] = {}
     for path in chosen_leaves(columns, kinds, skip):
         coded = parse_format(stored[path]) if path in stored else None
         if coded is not None and fmt.activations != "none" and coded.kind == fmt.kind:
@@ -85,6 +86,11 @@ def choose_formats(
         if own != fmt:
             notes.append(f"{path}: groups of {own.group}, which divide its {columns[path]} columns")
         formats[path] = str(own)
+        if coded is not None and coded != own:
+            twice[stored[path]] = twice.get(stored[path], 0) + 1
     if not formats:
         raise ConfigError("no leaf is left to quantise")
+    notes += [
+        f"{count} leaves are stored as {name} and rounded a second time" for name, count in twice.items()
+    ]
     return formats, notes

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert import calibrate, compare, from_hf, quantize
+from convert import calibrate, compare, from_hf, inspect, quantize
 from dsv3_jax.checkpoint import read_manifest, validate_step
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.source import Source, open_source
@@ -49,6 +49,8 @@ def test_codes_are_those_of_rounding_to_nearest(
     before, after = (open_source(tmp_path / name, folders.abstract_variables) for name in ("hf", "q"))
     exact, coded = flatten_paths(before.load("float32")), flatten_paths(after.load(formats=after.formats))
     assert set(after.formats.values()) == {want}
+    held = f"{len(after.formats)} {want} of {len(exact)} leaves"
+    assert dict(inspect.facts(after))["quantised"] == held and "quantised" not in dict(inspect.facts(before))
     for entry in before.entries:
         leaf, block = coded[entry.path], exact[entry.path][entry.index]
         if not isinstance(leaf, Quantized):
