@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import export
 
 from dsv3_jax.kernels.quantized_matmul import (
     Coding,
@@ -44,6 +45,26 @@ def test_dense(name, text, monkeypatch):
     got = jax.jit(functools.partial(quantized_matmul, coding=coding))(x, *parts)
     np.testing.assert_allclose(got, x @ w.T, rtol=0, atol=2e-5 * np.abs(x @ w.T).max())
     np.testing.assert_array_equal(dequantize(parts, coding, x.shape[1], jnp.float32), w.astype(np.float32))
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_an_accelerator_takes_one_product_without_a_loop(text, monkeypatch):
+    x, parts, coding, w = case(SHAPES["odd"], text)
+    monkeypatch.setattr(reference, "SLAB_BYTES", 4096)
+    dy, columns = np.ones((len(x), len(w)), np.float32), w.shape[1]
+    at_once = reference.forward_at_once(x, parts, coding)
+    np.testing.assert_allclose(at_once, x @ w.T, rtol=0, atol=2e-5 * np.abs(x @ w.T).max())
+    at_once = reference.backward_at_once(dy, parts, coding, columns)
+    np.testing.assert_allclose(at_once, dy @ w, rtol=0, atol=2e-5 * np.abs(dy @ w).max())
+
+    def both(x, dy, *parts):
+        y, back = jax.vjp(lambda x: quantized_matmul(x, *parts, coding=coding), x)
+        return y, back(dy)
+
+    def text_for(platform):
+        return export.export(jax.jit(both), platforms=[platform])(x, dy, *parts).mlir_module()
+
+    assert "stablehlo.while" in text_for("cpu") and "stablehlo.while" not in text_for("cuda")
 
 
 @pytest.mark.parametrize("text", FORMATS)

@@ -1,7 +1,9 @@
 """XLA implementation of products with quantised weights.
 
-The weight is never dequantised as a whole: a slab of rows that fits a core's cache is, used, and forgotten. So a
-product reads the codes once from memory and nothing of the size of the weight is written.
+On the CPU a matrix is never dequantised as a whole: a slab of rows that fits a core's cache is, used, and forgotten. So
+a product reads the codes once from memory and nothing of the size of the weight is written. On an accelerator a slab
+would be a kernel launch or more: there a dense product is one, of one matrix of one layer. XLA's GPU compiler fuses
+int8 with a scale a row into it and writes the other formats out once in the type of the activations.
 """
 
 from __future__ import annotations
@@ -81,6 +83,40 @@ def _stacked(parts: Parts) -> Parts:
 
 
 def _forward(x_NK: Array, parts: Parts, coding: Coding) -> Array:
+    return lax.platform_dependent(
+        x_NK,
+        parts,
+        cpu=functools.partial(forward_by_slab, coding=coding),
+        default=functools.partial(forward_at_once, coding=coding),
+    )
+
+
+def _backward(dy_NR: Array, parts: Parts, coding: Coding, K: int) -> Array:
+    return lax.platform_dependent(
+        dy_NR,
+        parts,
+        cpu=functools.partial(backward_by_slab, coding=coding, K=K),
+        default=functools.partial(backward_at_once, coding=coding, K=K),
+    )
+
+
+def forward_at_once(x_NK: Array, parts: Parts, coding: Coding) -> Array:
+    """x times the transpose of the weight, dequantised whole; one scale a row is applied to the sums."""
+    codes, scales, _ = parts
+    if coding.kind == "int8" and scales.shape[1] == 1 and coding.block_rows == 1:
+        return (_dot(x_NK, codes.astype(x_NK.dtype), (1, 1)) * scales.T).astype(x_NK.dtype)
+    weight = dequantize_split(parts, coding, x_NK.shape[1], x_NK.dtype)
+    return _times(split_columns(x_NK, coding), weight).astype(x_NK.dtype)
+
+
+def backward_at_once(dy_NR: Array, parts: Parts, coding: Coding, K: int) -> Array:
+    """dy times the weight [R, K], dequantised whole."""
+    weight = dequantize_split(parts, coding, K, dy_NR.dtype)
+    return join_columns([_dot(dy_NR, w, (1, 0)) for w in weight], coding).astype(dy_NR.dtype)
+
+
+def forward_by_slab(x_NK: Array, parts: Parts, coding: Coding) -> Array:
+    """The same as `forward_at_once`, slab after slab."""
     R, K = parts[0].shape[0], x_NK.shape[1]
     f = slab_rows(R, K, coding)
     stack = _stacked(parts)
@@ -95,7 +131,8 @@ def _forward(x_NK: Array, parts: Parts, coding: Coding) -> Array:
     return y_iNf.transpose(1, 0, 2).reshape(-1, R)
 
 
-def _backward(dy_NR: Array, parts: Parts, coding: Coding, K: int) -> Array:
+def backward_by_slab(dy_NR: Array, parts: Parts, coding: Coding, K: int) -> Array:
+    """The same as `backward_at_once`, slab after slab."""
     N, R = dy_NR.shape
     f = slab_rows(R, K, coding)
     stack = _stacked(parts)
