@@ -38,8 +38,8 @@ def quantize_lines(x: Array, block: int = BLOCK) -> Coded:
     """[..., N, K] with a scale per row and `block` columns: scales [..., N, ceil(K / block)]."""
     K = x.shape[-1]
     lines = _whole(x.astype(jnp.float32), {-1: block}).reshape(*x.shape[:-1], -1, block)
-    scales = _scales(jnp.max(jnp.abs(lines), axis=-1))
-    codes = _codes(lines, scales[..., None])
+    scales = scales_of(jnp.max(jnp.abs(lines), axis=-1))
+    codes = codes_of(lines, scales[..., None])
     return Coded(codes.reshape(*x.shape[:-1], -1)[..., :K], scales)
 
 
@@ -49,8 +49,8 @@ def quantize_blocks(w: Array, block: int = BLOCK) -> Coded:
     whole = _whole(w.astype(jnp.float32), {-2: block, -1: block})
     down, across = whole.shape[-2] // block, whole.shape[-1] // block
     blocks = whole.reshape(*w.shape[:-2], down, block, across, block)
-    scales = _scales(jnp.max(jnp.abs(blocks), axis=(-3, -1)))
-    codes = _codes(blocks, scales[..., :, None, :, None])
+    scales = scales_of(jnp.max(jnp.abs(blocks), axis=(-3, -1)))
+    codes = codes_of(blocks, scales[..., :, None, :, None])
     return Coded(codes.reshape(whole.shape)[..., :R, :K], scales)
 
 
@@ -63,14 +63,16 @@ def values(coded: Coded, block_rows: int = 1, block_columns: int = BLOCK) -> Arr
     return coded.codes.astype(jnp.float32) * scales
 
 
-def _scales(most: Array) -> Array:
+def scales_of(most: Array) -> Array:
+    """Scales of blocks whose largest values are given, float32."""
     # XLA turns a division by a constant into a product with its rounded inverse, and half of all scales then differ
     # in one bit; this one it cannot know.
     limit = jnp.where(most > -1.0, E4M3_MAX, 1.0)
     return jnp.maximum(most / limit, jnp.finfo(jnp.float32).tiny)
 
 
-def _codes(x: Array, scales: Array) -> Array:
+def codes_of(x: Array, scales: Array) -> Array:
+    """e4m3 codes of float32 values with their scales."""
     return jnp.clip(x * (1.0 / scales), -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
 
 

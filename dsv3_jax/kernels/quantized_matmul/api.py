@@ -5,14 +5,25 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.quantized_matmul import mosaic_fp8 as fp8
 from dsv3_jax.kernels.quantized_matmul import reference
 from dsv3_jax.kernels.quantized_matmul.coding import Coding
-from dsv3_jax.kernels.registry import Implementation, resolve
+from dsv3_jax.kernels.registry import Implementation, call
+from dsv3_jax.kernels.registry import mosaic as hopper
 
 Array = jax.Array
 
 QUANTIZED_MATMUL = {"reference": Implementation(reference.quantized_matmul)}
 GROUPED_QUANTIZED_MATMUL = {"reference": Implementation(reference.grouped_quantized_matmul)}
+# Of weights whose coding has fp8 activations.
+FP8_MATMUL = {
+    "mosaic": hopper(fp8.fp8_matmul, refuses=fp8.refuses_dense, shape_class=fp8.shape_class_dense),
+    "reference": Implementation(reference.quantized_matmul),
+}
+GROUPED_FP8_MATMUL = {
+    "mosaic": hopper(fp8.grouped_fp8_matmul, refuses=fp8.refuses, shape_class=fp8.shape_class),
+    "reference": Implementation(reference.grouped_quantized_matmul),
+}
 
 
 def quantized_matmul(
@@ -37,7 +48,7 @@ def quantized_matmul(
       codes_RK: [R, K], or [R, K / 2] for int4 (see `coding`); fp8 as bytes (uint8) or float8_e4m3fn.
       scales: float32 [R blocks, K blocks].
       zeros: uint8 zero points like `scales` (asymmetric int4), or None.
-      implementation: "auto" or "reference".
+      implementation: "auto", "reference", or with fp8 activations "mosaic" (Hopper, 16-bit x, blocks of 128 x 128).
 
     Returns:
       y_NR in x's dtype.
@@ -48,8 +59,10 @@ def quantized_matmul(
     if x_NK.ndim != 2 or codes_RK.ndim != 2:
         raise ValueError(f"expected x [N, K] and codes [R, K], got {x_NK.shape} and {codes_RK.shape}")
     _check(x_NK.shape[1], codes_RK, scales, zeros, coding)
-    function = resolve("quantized_matmul", implementation, QUANTIZED_MATMUL)
-    return function(x_NK, _arrays(codes_RK, scales, zeros), coding)
+    arguments = x_NK, _arrays(codes_RK, scales, zeros), coding
+    if coding.activations == "fp8":
+        return call("fp8_matmul", implementation, FP8_MATMUL, *arguments)
+    return call("quantized_matmul", implementation, QUANTIZED_MATMUL, *arguments)
 
 
 def grouped_quantized_matmul(
@@ -83,9 +96,11 @@ def grouped_quantized_matmul(
     _check(x_ND.shape[1], codes_EFD, scales, zeros, coding)
     if coding.activations == "int8":
         raise ValueError("experts take no int8 activations: 'none' or (fp8 weights) 'fp8' expected")
-    function = resolve("grouped_quantized_matmul", implementation, GROUPED_QUANTIZED_MATMUL)
     sizes_E = jnp.asarray(group_sizes_E, jnp.int32)
-    return function(x_ND, _arrays(codes_EFD, scales, zeros), sizes_E, coding)
+    arguments = x_ND, _arrays(codes_EFD, scales, zeros), sizes_E, coding
+    if coding.activations == "fp8":
+        return call("grouped_fp8_matmul", implementation, GROUPED_FP8_MATMUL, *arguments)
+    return call("grouped_quantized_matmul", implementation, GROUPED_QUANTIZED_MATMUL, *arguments)
 
 
 def _arrays(*parts: Array | None) -> tuple[Array | None, ...]:

@@ -168,9 +168,14 @@ def quantized_matmul(x_NK: Array, parts: Parts, coding: Coding) -> Array:
     return _forward(x_NK, parts, coding)
 
 
+def backward(coding: Coding, saved: tuple[Parts, int], dy_NR: Array) -> tuple[Array, Any]:
+    """Of any implementation of `quantized_matmul`: saved are the parts and the columns of x."""
+    parts, columns = saved
+    return _backward(dy_NR, parts, coding, columns), _no_gradient(parts)
+
+
 quantized_matmul.defvjp(
-    lambda x_NK, parts, coding: (quantized_matmul(x_NK, parts, coding), (parts, x_NK.shape[1])),
-    lambda coding, saved, dy_NR: (_backward(dy_NR, saved[0], coding, saved[1]), _no_gradient(saved[0])),
+    lambda x_NK, parts, coding: (quantized_matmul(x_NK, parts, coding), (parts, x_NK.shape[1])), backward
 )
 
 
@@ -287,14 +292,19 @@ def grouped_quantized_matmul(x_ND: Array, parts: Parts, sizes_E: Array, coding: 
     return _by_tile(x_ND, parts, sizes_E, coding, D, 1).astype(dtype)
 
 
+def grouped_backward(
+    coding: Coding, saved: tuple[Parts, Array, int], dy_NF: Array
+) -> tuple[Array, Any, np.ndarray]:
+    """Of any implementation of `grouped_quantized_matmul`: saved are parts, group sizes and the columns of x."""
+    parts, sizes_E, columns = saved
+    dx_ND = _by_tile(dy_NF, parts, sizes_E, coding, columns, 0)
+    return dx_ND, _no_gradient(parts), np.zeros(sizes_E.shape, jax.dtypes.float0)
+
+
 grouped_quantized_matmul.defvjp(
     lambda x_ND, parts, sizes_E, coding: (
         grouped_quantized_matmul(x_ND, parts, sizes_E, coding),
         (parts, sizes_E, x_ND.shape[1]),
     ),
-    lambda coding, saved, dy_NF: (
-        _by_tile(dy_NF, saved[0], saved[1], coding, saved[2], 0),
-        _no_gradient(saved[0]),
-        np.zeros(saved[1].shape, jax.dtypes.float0),
-    ),
+    grouped_backward,
 )
