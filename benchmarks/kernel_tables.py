@@ -64,6 +64,25 @@ def kernel_table() -> str:
     return "\n".join([*lines, "", *(_about(run) for run in runs)])
 
 
+def fp8_table() -> str:
+    """FP8 products against bfloat16."""
+    runs = [run for run in gpu_results() if run.get("fp8")]
+    if not runs:
+        return f"FP8 matmul against bfloat16: {NOT_MEASURED}."
+    lines = ["| device | product | by | TFLOP/s | of bfloat16 (XLA) |", "|---|---|---|---|---|"]
+    for run in runs:
+        for row in run["fp8"]:
+            base = row["by"]["bfloat16 reference"].get("tflops")
+            for by, one in row["by"].items():
+                name = f"| {run['environment']['family']} | {row['shape']} | {by} |"
+                if "tflops" in one:
+                    share = f"{one['tflops'] / base:.2f}×" if base else ""
+                    lines.append(f"{name} {one['tflops']:.0f} | {share} |")
+                else:
+                    lines.append(f"{name} {escape(one.get('refused', 'wrong'))[:120]} | |")
+    return "\n".join([*lines, "", *(_about(run) for run in runs)])
+
+
 def _cells(one: Row, bound: float) -> str:
     if "refused" in one:
         return f"{escape(one['refused'])[:120]} | | |"

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import kernel_tables, tune
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import decode, kernels, rivals, timing, train
+from benchmarks.gpu import decode, fp8, kernels, rivals, timing, train
 from benchmarks.gpu.ceilings import ceilings
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.kernels import tables
@@ -134,6 +134,25 @@ def test_whole_programs_run_at_tiny_sizes():
     assert all(row["tokens_per_s"] > 0 and row["ceiling_tokens_per_s"] > 0 for row in rows)
 
 
+def test_fp8_against_bfloat16_on_a_cpu():
+    """What can run here is right; the rest says why not, down to the table."""
+    rows = fp8.run(True, 1)
+    assert [row["shape"] for row in rows] == ["interpret", "interpret_experts"]
+    for row in rows:
+        assert row["by"]["bfloat16 reference"]["tflops"] > 0 and row["by"]["bfloat16 reference"]["error"] == 0
+        assert "it runs on gpu" in row["by"]["fp8 mosaic"]["refused"]
+    assert rivals.why_not() == rows[0]["by"]["torch scaled_mm, product alone"]["refused"]
+    assert "bfloat16 reference" in fp8.lines(rows)
+
+
+def test_fp8_is_within_the_benchmarks_bound_of_bfloat16():
+    shape = fp8.SHAPES["interpret_experts"]
+    x, codes, scales, sizes = fp8.inputs(jax.random.key(0), shape=shape)
+    wanted = fp8._bfloat16(x, fp8._values(codes, scales, shape), sizes, name="reference")
+    found = fp8.fp8(x, codes, scales, sizes, implementation="reference")
+    assert 1e-3 < kernels.error_of(found, wanted) < fp8.BOUND
+
+
 def test_without_a_gpu_nothing_is_measured_by_mistake(monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu"])
     with pytest.raises(ConfigError, match="no GPU here"):
@@ -225,6 +244,7 @@ def test_torch_computes_the_same_as_the_reference(kernel, program, monkeypatch):
 def test_tables_say_what_was_not_measured_and_what_a_run_found(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_tables, "RESULTS", tmp_path)
     assert kernel_tables.kernel_table() == "Kernels on a GPU: not measured."
+    assert kernel_tables.fp8_table() == "FP8 matmul against bfloat16: not measured."
     assert kernel_tables.model_table().count("not measured") == 5
     row = kernels.run_case(toy(), 1, 3, PEAKS, with_rivals=False)
     environment = {

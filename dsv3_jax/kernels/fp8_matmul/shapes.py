@@ -107,6 +107,7 @@ def _quantize(x_NK: jax.Array, *, implementation: str) -> tuple[jax.Array, jax.A
     return codes, scales_NG.T
 
 
+@functools.partial(jax.jit, static_argnames="shape")
 def _inputs(key: jax.Array, *, shape: Shape) -> tuple[jax.Array, ...]:
     x, codes, *_ = shape.arrays()
     keys = jax.random.split(key, 2)
