@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 
 from dsv3_jax.kernels.fp8_matmul.quantize import quantize_blocks, quantize_lines, values
 from dsv3_jax.kernels.quantized_matmul import Coding, grouped_quantized_matmul, quantized_matmul, reference
@@ -131,10 +132,22 @@ def drawn(rows, outputs, inputs, text, experts=0, seed=0):
 def test_dense_against_float64(rows, outputs, inputs, text, monkeypatch):
     monkeypatch.setattr(reference, "SLAB_BYTES", 16 * 1024)  # several slabs
     x, parts, coding = drawn(rows, outputs, inputs, text)
-    got = jax.jit(functools.partial(quantized_matmul, coding=coding))(x, *parts)
     want = oracle(x, parts, coding)
     most = np.abs(want).max(axis=1, keepdims=True)
-    np.testing.assert_allclose(got / most, want / most, rtol=0, atol=1e-6)
+    for run in (quantized_matmul, lambda x, *parts, coding: reference.fp8_by_block(x, parts, coding)):
+        got = jax.jit(functools.partial(run, coding=coding))(x, *parts)
+        np.testing.assert_allclose(got / most, want / most, rtol=0, atol=1e-6)
+
+
+def test_an_accelerator_scales_after_each_block_of_exact_products():
+    x, parts, coding = drawn(2, 576, 256, "fp8+act8")
+    run = jax.jit(functools.partial(quantized_matmul, coding=coding))
+    text = export.export(run, platforms=["cuda"])(x, *parts).mlir_module()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert (
+        len(products) == 1
+        and "(tensor<2x128xbf16>, tensor<576x128xbf16>) -> tensor<2x576xf32>" in products[0]
+    )
 
 
 @pytest.mark.parametrize("sizes", [[3, 0, 1, 2], [0, 60, 0, 9]])

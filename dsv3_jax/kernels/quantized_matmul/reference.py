@@ -26,7 +26,13 @@ from dsv3_jax.kernels.grouped_matmul.reference import (
     _tiles,
     _window,
 )
-from dsv3_jax.kernels.quantized_matmul.coding import Coding, dequantize_split, join_columns, split_columns
+from dsv3_jax.kernels.quantized_matmul.coding import (
+    Coding,
+    dequantize_split,
+    e4m3_values,
+    join_columns,
+    split_columns,
+)
 from dsv3_jax.kernels.registry import full_precision
 
 Array = jax.Array
@@ -164,7 +170,12 @@ def quantized_matmul(x_NK: Array, parts: Parts, coding: Coding) -> Array:
     if coding.activations == "int8":
         return _eight_by_eight(x_NK, parts, coding)
     if coding.activations == "fp8":
-        return _forward(_rounded(x_NK, coding), parts, coding).astype(x_NK.dtype)
+        return lax.platform_dependent(
+            x_NK,
+            parts,
+            cpu=functools.partial(fp8_by_slab, coding=coding),
+            default=functools.partial(fp8_by_block, coding=coding),
+        )
     return _forward(x_NK, parts, coding)
 
 
@@ -179,10 +190,33 @@ quantized_matmul.defvjp(
 )
 
 
+def fp8_by_slab(x_NK: Array, parts: Parts, coding: Coding) -> Array:
+    """e4m3 times e4m3, both scaled before the sum."""
+    return forward_by_slab(_rounded(x_NK, coding), parts, coding).astype(x_NK.dtype)
+
+
+def fp8_by_block(x_NK: Array, parts: Parts, coding: Coding) -> Array:
+    """The same as the formula has it: a block of columns at a time, codes as bfloat16 (exact), sums scaled after."""
+    codes_NK, scales_NG = quantize_lines(x_NK, coding.block_columns)
+    R, width = parts[0].shape[0], coding.block_columns
+    G = scales_NG.shape[1]
+    pad = ((0, 0), (0, G * width - x_NK.shape[1]))
+    ours, theirs = jnp.pad(codes_NK, pad), jnp.pad(parts[0], pad)
+
+    def add(b: Array, sums_NR: Array) -> Array:
+        x, w = (lax.dynamic_slice_in_dim(codes, b * width, width, 1) for codes in (ours, theirs))
+        part_NR = _dot(x.astype(jnp.bfloat16), e4m3_values(w).astype(jnp.bfloat16), (1, 1))
+        scale_R = jnp.repeat(parts[1][:, b].astype(jnp.float32), coding.block_rows)[:R]
+        return sums_NR + part_NR * scales_NG[:, b, None] * scale_R[None]
+
+    zeros = jnp.zeros((x_NK.shape[0], R), jnp.float32)
+    return lax.fori_loop(0, G, add, zeros).astype(x_NK.dtype)
+
+
 def _rounded(x_NK: Array, coding: Coding) -> Array:
     """What the e4m3 codes of activations stand for, float32.
 
-    Both operands' scales are applied before the sum instead of after each 128 columns: in float32 that only rounds
+    Both operands' scales are applied before the sum instead of after each block of columns: in float32 that only rounds
     elsewhere, and the slabs are those of every other format.
     """
     return values(quantize_lines(x_NK, coding.block_columns), block_columns=coding.block_columns)
