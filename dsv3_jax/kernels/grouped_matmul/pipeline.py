@@ -42,11 +42,11 @@ def shared(cluster: int) -> tuple[jax.Array | int, dict[str, Any]]:
     return (lax.axis_index("cluster"), {"collective_axes": "cluster"}) if cluster > 1 else (0, {})
 
 
-def consumed(cluster: int, stages: int) -> Any:
-    """Barriers of slices that every block of the cluster has read."""
+def consumed(cluster: int, stages: int, consumers: int = CONSUMERS) -> Any:
+    """Barriers of slices that the consumers of every block of the cluster have read."""
     if cluster > 1:
-        return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=stages)
-    return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+        return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=consumers, num_barriers=stages)
+    return plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
 
 
 def await_cluster(steps: jax.Array, stages: int, empty: Any, cluster: int) -> None:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.quantized_matmul import mosaic, reference
 from dsv3_jax.kernels.quantized_matmul import mosaic_fp8 as fp8
-from dsv3_jax.kernels.quantized_matmul import reference
 from dsv3_jax.kernels.quantized_matmul.coding import Coding
 from dsv3_jax.kernels.registry import Implementation, call
 from dsv3_jax.kernels.registry import mosaic as hopper
 
 Array = jax.Array
 
-QUANTIZED_MATMUL = {"reference": Implementation(reference.quantized_matmul)}
-GROUPED_QUANTIZED_MATMUL = {"reference": Implementation(reference.grouped_quantized_matmul)}
+# Best first.
+QUANTIZED_MATMUL = {
+    "mosaic": hopper(mosaic.quantized_matmul, refuses=mosaic.refuses, shape_class=mosaic.shape_class),
+    "reference": Implementation(reference.quantized_matmul),
+}
+GROUPED_QUANTIZED_MATMUL = {
+    "mosaic": hopper(
+        mosaic.grouped_quantized_matmul,
+        refuses=mosaic.grouped_refuses,
+        shape_class=mosaic.grouped_shape_class,
+    ),
+    "reference": Implementation(reference.grouped_quantized_matmul),
+}
 # Of weights whose coding has fp8 activations.
 FP8_MATMUL = {
     "mosaic": hopper(fp8.fp8_matmul, refuses=fp8.refuses_dense, shape_class=fp8.shape_class_dense),
@@ -37,7 +48,8 @@ def quantized_matmul(
 ) -> Array:
     """y[n, r] = sum over k of x[n, k] value[r, k], the weight as stored: [out, in] and quantised.
 
-    Values are made in float32, rounded once to x's dtype, and multiplied with a float32 sum; with
+    The reference makes values in float32, rounds them once to x's dtype, and multiplies with a float32 sum; "mosaic"
+    multiplies codes, which x's dtype holds exactly, and scales the float32 sums: one rounding less. With
     `coding.activations == "int8"` tokens are quantised too (scale max |x| / 127) and sums are whole numbers; with
     "fp8" they are e4m3 with a scale per token and block of columns (`fp8_matmul.quantize`), values stay float32 and
     only y is rounded to x's dtype.
@@ -48,7 +60,8 @@ def quantized_matmul(
       codes_RK: [R, K], or [R, K / 2] for int4 (see `coding`); fp8 as bytes (uint8) or float8_e4m3fn.
       scales: float32 [R blocks, K blocks].
       zeros: uint8 zero points like `scales` (asymmetric int4), or None.
-      implementation: "auto", "reference", or with fp8 activations "mosaic" (Hopper, 16-bit x, blocks of 128 x 128).
+      implementation: "auto", "reference" or "mosaic" (Hopper, 16-bit x; with fp8 activations blocks of 128 x 128,
+        otherwise R a multiple of 64).
 
     Returns:
       y_NR in x's dtype.
