@@ -23,6 +23,8 @@ class Kernels:
     """The experts' products."""
     latent_attention: str = "auto"
     """Absorbed attention over the latent cache."""
+    quantized_matmul: str = "auto"
+    """Products with quantised weights, dense and the experts'."""
 
 
 AUTO_KERNELS = Kernels()

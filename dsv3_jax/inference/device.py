@@ -21,6 +21,7 @@ from dsv3_jax.inference.settings import EngineOptions, pages_of
 from dsv3_jax.inference.table import RowTable
 from dsv3_jax.inference.weights import Weights, kinds
 from dsv3_jax.model import make_pages
+from dsv3_jax.quantization.leaf import implemented
 
 
 class Device:
@@ -46,6 +47,7 @@ class Device:
         self.programs = Programs()
         self.table_width = pages_of(options.context, options.page_size)
         self._place = place = placement or Placement()
+        weights = implemented(weights, options.kernels.quantized_matmul)
         self._cfg, self._weights, self._options = cfg, place.send_weights(weights), options
         # An id that no token has keeps the array's shape legal when nothing ends a row.
         self._eos_ids = place.send(np.asarray(sorted(set(eos_ids)) or [-2], np.int32))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -25,7 +26,7 @@ class Case:
     Attributes:
       kernel: the registry's name of the kernel, such as "attention".
       program: "forward", "backward", "dx", "dw", ...
-      shape: a key of the op's SHAPES.
+      shape: a key of the op's SHAPES, and what else tells its cases apart.
       size: "full" shapes are compiled for a GPU and timed there; "small" ones run everywhere (CPU, interpreted).
       function: function(*arrays, implementation=...) -> arrays: through the op's api. A backward program takes the
         forward's inputs and the cotangent, and returns the gradients (`jax.vjp` inside).
@@ -75,7 +76,8 @@ def all_cases() -> list[Case]:
     """The cases of every operation, in the order of their folders' names."""
     cases: list[Case] = []
     for module in pkgutil.iter_modules(dsv3_jax.kernels.__path__):
-        if module.ispkg:
-            shapes = importlib.import_module(f"dsv3_jax.kernels.{module.name}.shapes")
+        name = f"dsv3_jax.kernels.{module.name}.shapes"
+        if module.ispkg and importlib.util.find_spec(name) is not None:
+            shapes = importlib.import_module(name)
             cases += shapes.cases() if hasattr(shapes, "cases") else []
     return cases

@@ -44,7 +44,7 @@ class Multiplying:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "zeros"],
-    meta_fields=["coding", "block_shape"],
+    meta_fields=["coding", "block_shape", "implementation"],
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized(Multiplying):
@@ -60,6 +60,7 @@ class Quantized(Multiplying):
       zeros: uint8 zero points like `scales`, or None.
       coding: how codes stand for values.
       block_shape: shape of one matrix in the leaf.
+      implementation: of its products (`implemented`).
     """
 
     codes: Array
@@ -67,6 +68,7 @@ class Quantized(Multiplying):
     zeros: Array | None
     coding: Coding
     block_shape: tuple[int, ...]
+    implementation: str = "auto"
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -98,18 +100,16 @@ class Quantized(Multiplying):
 
     def product(self, x_NK: Array) -> Array:
         """[N, columns] times the transposes of the matrices, of which there may be several (gate and up): [N, rows]."""
-        return jnp.concatenate(
-            [quantized_matmul(x_NK, *parts, coding=self.coding) for parts in self._matrices(0)], axis=-1
-        )
+        multiply = functools.partial(quantized_matmul, coding=self.coding, implementation=self.implementation)
+        return jnp.concatenate([multiply(x_NK, *parts) for parts in self._matrices(0)], axis=-1)
 
     def grouped(self, x_ND: Array, group_sizes_E: Array) -> Array:
         """Rows sorted by expert times their expert's matrices: [N, rows]."""
+        multiply = functools.partial(
+            grouped_quantized_matmul, coding=self.coding, implementation=self.implementation
+        )
         return jnp.concatenate(
-            [
-                grouped_quantized_matmul(x_ND, *parts, group_sizes_E, coding=self.coding)
-                for parts in self._matrices(1)
-            ],
-            axis=-1,
+            [multiply(x_ND, *parts, group_sizes_E) for parts in self._matrices(1)], axis=-1
         )
 
     def _matrices(self, kept: int) -> list[tuple[Array, Array, Array | None]]:
@@ -121,6 +121,17 @@ class Quantized(Multiplying):
         flat = jax.tree.map(lambda x: x.reshape(*head, -1, *x.shape[-2:]), parts)
         count = math.prod(self.codes.shape[kept:-2])
         return [jax.tree.map(lambda x, i=i: x[(slice(None),) * kept + (i,)], flat) for i in range(count)]
+
+
+def implemented(tree: Any, implementation: str) -> Any:
+    """The same parameters, whose quantised leaves multiply by this implementation (`Kernels.quantized_matmul`)."""
+    return jax.tree.map(
+        lambda leaf: (
+            dataclasses.replace(leaf, implementation=implementation) if isinstance(leaf, Quantized) else leaf
+        ),
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, Quantized),
+    )
 
 
 def quantized_leaf(parts: Sequence[Any], coding: Coding, block_shape: tuple[int, ...]) -> Quantized:

@@ -84,7 +84,7 @@ def store_rows(
 ) -> None:
     """The first `count` rows of `smem[block]`, by boxes of powers of two; commits one group."""
     done: Any = 0
-    size = min(smem.shape[len(block)], 1 << (gmem.shape[0].bit_length() - 1))
+    size = 1 << (min(smem.shape[len(block)], gmem.shape[0]).bit_length() - 1)
     while size:
 
         @pl.when((count & size) != 0)

@@ -10,26 +10,26 @@ import jax.numpy as jnp
 from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul.pipeline import LINE, SHARED_BYTES
 from dsv3_jax.kernels.quantized_matmul.coding import Coding
-from dsv3_jax.kernels.quantized_matmul.mosaic_codes import slices, why_not
+from dsv3_jax.kernels.quantized_matmul.mosaic_codes import Slices, slices, why_not
 from dsv3_jax.kernels.quantized_matmul.mosaic_product import Parts, Tile, product
 from dsv3_jax.kernels.quantized_matmul.reference import backward, grouped_backward
 from dsv3_jax.kernels.tables import tuned
 
-# Tokens of a tile: the least that WGMMA takes, and where the sums and their part still fit registers.
-TOKENS = (8, 16, 32, 64, 128)
-MOST_STAGES = 8
+# Tokens of a tile where a tile takes all of them, and of those where there are more: two sets of sums have to fit
+# registers, with twice the floats of int4.
+TOKENS = (8, 16, 32, 64)
+MANY_TOKENS = {"int4": 96, "int8": 128, "fp8": 128}
+MOST_STAGES, MOST_SPLITS = 8, 32
 
 
 def _refuses(x: jax.Array, parts: Parts, coding: Coding) -> str | None:
-    codes, scales, _ = parts
+    codes = parts[0]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}; the tensor cores' operands are bfloat16 or float16"
     if x.shape[0] == 0:
         return "there are no rows"
     if codes.shape[-2] % LINE:
         return f"the output width {codes.shape[-2]} is not a multiple of {LINE}"
-    if codes.dtype.itemsize != 1 or scales.dtype != jnp.float32:
-        return f"codes are {codes.dtype} and scales {scales.dtype}; bytes and float32 expected"
     if coding.block_rows != 1 and coding.block_rows % LINE:
         return f"blocks of {coding.block_rows} rows; 1 or multiples of {LINE} expected"
     return why_not(coding, x.shape[1])
@@ -48,70 +48,65 @@ def grouped_refuses(x_ND: jax.Array, parts: Parts, sizes_E: jax.Array, coding: C
 def _class(x: jax.Array, parts: Parts, coding: Coding, tokens: int) -> str:
     zeros = "" if parts[2] is None else "a"
     block = f"{coding.block_rows}x{coding.block_columns}" if coding.block_columns < x.shape[1] else "rows"
-    return (
-        f"r{parts[0].shape[-2]}-k{x.shape[1]}-{coding.kind}{zeros}-{block}-tokens{tokens}-{x.dtype.name}"
-    )
+    return f"r{parts[0].shape[-2]}-k{x.shape[1]}-{coding.kind}{zeros}-{block}-tokens{tokens}-{x.dtype.name}"
 
 
 def shape_class(x_NK: jax.Array, parts: Parts, coding: Coding) -> str:
     """Widths, coding, type, and the tokens of a tile."""
-    return _class(x_NK, parts, coding, tokens_of(x_NK.shape[0]))
+    return _class(x_NK, parts, coding, tokens_of(x_NK.shape[0], coding.kind))
 
 
 def grouped_shape_class(x_ND: jax.Array, parts: Parts, sizes_E: jax.Array, coding: Coding) -> str:
     """Widths, coding, type, and the tokens of a tile."""
-    return _class(x_ND, parts, coding, grouped_tokens_of(x_ND.shape[0], sizes_E.shape[0]))
+    return _class(x_ND, parts, coding, grouped_tokens_of(x_ND.shape[0], sizes_E.shape[0], coding.kind))
 
 
-def tokens_of(N: int) -> int:
-    """Tokens of a tile: all of them up to 64, 128 beyond."""
-    return next((n for n in TOKENS[:-1] if n >= N), TOKENS[-1])
+def tokens_of(N: int, kind: str) -> int:
+    """Tokens of a tile of the dense product."""
+    return next((n for n in TOKENS if n >= N), MANY_TOKENS[kind])
 
 
-def grouped_tokens_of(N: int, E: int) -> int:
+def grouped_tokens_of(N: int, E: int, kind: str) -> int:
     """Tokens of a tile for experts that have N / E on average, some twice as many."""
-    return next((n for n in TOKENS[:-1] if n * E >= 2 * N), TOKENS[-1])
+    return next((n for n in TOKENS if n * E >= 2 * N), MANY_TOKENS[kind])
 
 
-def stages_of(tile: Tile, columns: int, steps: int) -> int:
-    """As many slices in flight as shared memory holds, the tile's steps take and MOST_STAGES allows."""
+def deepest(tile: Tile, cut: Slices, steps: int) -> Tile:
+    """With as many slices in flight as shared memory holds, a block's steps take and MOST_STAGES allows."""
     most = min(MOST_STAGES, max(2, steps))
-    fits = [s for s in range(1, most + 1) if tile._replace(stages=s).shared_bytes(columns) <= SHARED_BYTES]
-    return max(fits)
+    each = [tile._replace(stages=stages) for stages in range(1, most + 1)]
+    return [one for one in each if one.shared_bytes(cut) <= SHARED_BYTES][-1]
 
 
 def default_tile(R: int, K: int, tokens: int, coding: Coding) -> Tile:
     """The dense product's tile where the table has none."""
     cut = slices(coding, K)
-    steps, cores = -(-K // cut.columns), shim.sm_count()
+    steps, cores = K // cut.columns, shim.sm_count()
+
+    def slices_read(tile: Tile) -> int:
+        """By the busiest block."""
+        return -(-(-(-R // tile.rows) * tile.splits) // cores) * -(-steps // tile.splits)
 
     def cost(tile: Tile) -> float:
-        """Slices of codes that the busiest block reads, and what parts of the sum write and read again."""
-        rounds = -(-(-(-R // tile.rows) * tile.splits) // cores)
-        read = rounds * -(-steps // tile.splits) * tile.rows * LINE * 2
-        written = 0 if tile.splits == 1 else (2 * tile.splits * R * tokens * 4) / cores
-        return read + written
+        """Bytes that the busiest block reads, and those of the parts of the sums, written and read again."""
+        parts = 2 * 4 * tile.splits * R * tokens / cores if tile.splits > 1 else 0.0
+        return slices_read(tile) * tile.rows * 2 * cut.line + parts
 
-    tiles = [
-        Tile(tokens, 2, 1, splits)
-        for splits in range(1, min(steps, 32) + 1)
-        if -(-steps // splits) * (splits - 1) < steps
-    ]
-    best = min(tiles, key=cost) if tokens < TOKENS[-1] else tiles[0]
-    return best._replace(stages=stages_of(best, cut.columns, -(-steps // best.splits)))
+    most = 1 if tokens > TOKENS[-1] else min(steps, MOST_SPLITS)
+    splits = [n for n in range(1, most + 1) if -(-steps // n) * (n - 1) < steps]
+    best = min((Tile(tokens, 2, 1, n) for n in splits), key=cost)
+    return deepest(best, cut, slices_read(best))
 
 
 def default_grouped_tile(K: int, tokens: int, coding: Coding) -> Tile:
     """The grouped product's tile where the table has none."""
-    columns = slices(coding, K).columns
-    tile = Tile(tokens, 2)
-    return tile._replace(stages=stages_of(tile, columns, MOST_STAGES))
+    return deepest(Tile(tokens, 2), slices(coding, K), MOST_STAGES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def quantized_matmul(x_NK: jax.Array, parts: Parts, coding: Coding) -> jax.Array:
     """See `api.quantized_matmul`. Codes are multiplied as they are and sums scaled: no value is rounded before."""
-    default = default_tile(parts[0].shape[0], x_NK.shape[1], tokens_of(x_NK.shape[0]), coding)
+    default = default_tile(parts[0].shape[0], x_NK.shape[1], tokens_of(x_NK.shape[0], coding.kind), coding)
     tile = tuned("quantized_matmul", shape_class(x_NK, parts, coding), default)
     return product(x_NK, parts, coding, tile)
 
@@ -123,11 +118,11 @@ quantized_matmul.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_quantized_matmul(
-    x_ND: jax.Array, parts: Parts, sizes_E: jax.Array, coding: Coding
-) -> jax.Array:
+def grouped_quantized_matmul(x_ND: jax.Array, parts: Parts, sizes_E: jax.Array, coding: Coding) -> jax.Array:
     """See `api.grouped_quantized_matmul`. A row's result is bitwise independent of the other rows and of its place."""
-    default = default_grouped_tile(x_ND.shape[1], grouped_tokens_of(x_ND.shape[0], sizes_E.shape[0]), coding)
+    default = default_grouped_tile(
+        x_ND.shape[1], grouped_tokens_of(x_ND.shape[0], sizes_E.shape[0], coding.kind), coding
+    )
     tile = tuned("grouped_quantized_matmul", grouped_shape_class(x_ND, parts, sizes_E, coding), default)
     return product(x_ND, parts, coding, tile, sizes_E)
 

@@ -23,8 +23,8 @@ from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.quantized_matmul.coding import SYMMETRIC_ZERO, Coding
 from dsv3_jax.kernels.shim import plgpu
 
-# Lanes of a slice: 128 bytes of codes a row, a swizzle line.
-LANES = 64
+# Lanes of a slice: 128 bytes of codes a row where the columns are whole such slices, otherwise 64 or 32.
+LINES = (64, 32, 16)
 # The least summed axis of a WGMMA of 16-bit operands.
 LEAST = 16
 
@@ -34,18 +34,25 @@ class Slices(NamedTuple):
 
     Attributes:
       pieces: codes of a lane.
+      line: lanes of a slice.
       group: columns that are multiplied before their sums are scaled.
       scaled: columns of a stored scale; 0 where a row has one for all of its columns.
     """
 
     pieces: int
+    line: int
     group: int
     scaled: int
 
     @property
     def columns(self) -> int:
         """Of a slice."""
-        return self.pieces * LANES
+        return self.pieces * self.line
+
+    @property
+    def groups(self) -> int:
+        """Of a slice."""
+        return self.columns // self.group
 
     @property
     def lanes(self) -> int:
@@ -57,7 +64,7 @@ class Slices(NamedTuple):
         """Columns of one WGMMA's operand: a piece, or as many as LEAST takes."""
         return max(self.lanes, LEAST)
 
-    def scale_of(self, group: jax.Array | int) -> jax.Array | int:
+    def scale_of(self, group: jax.Array) -> jax.Array:
         """Which stored scale a group has."""
         each = self.scaled // self.group
         return group if each == 1 else lax.div(group, jnp.int32(each))
@@ -66,37 +73,38 @@ class Slices(NamedTuple):
 def slices(coding: Coding, columns: int) -> Slices:
     """The cut for a matrix of that many columns that `why_not` takes."""
     pieces = 4 if coding.kind == "int4" else 2
-    if coding.kind == "int8" and coding.block_columns >= columns:
-        return Slices(pieces, 2 * LANES, 0)
-    return Slices(pieces, min(coding.block_columns, pieces * LANES), coding.block_columns)
+    line = next(line for line in LINES if columns % (pieces * line) == 0)
+    whole = coding.kind == "int8" and coding.block_columns >= columns
+    group = pieces * line if whole else min(coding.block_columns, pieces * line)
+    return Slices(pieces, line, group, 0 if whole else coding.block_columns)
 
 
 def why_not(coding: Coding, columns: int) -> str | None:
     """Why codes in this coding are not taken, or None."""
     size, kind = coding.block_columns, coding.kind
+    pieces = 4 if kind == "int4" else 2
     if coding.activations != "none":
         return f"activations are quantised to {coding.activations}"
-    if columns % (32 if kind == "int4" else 16):
-        return f"{columns} columns: rows of codes are not whole 16 bytes"
+    if columns % (pieces * LINES[-1]):
+        return f"the input width {columns} is not a multiple of {pieces * LINES[-1]}"
     if kind == "int8" and size >= columns:
         return None
-    known = (32, 64, 128, 256) if kind == "int4" else (32, 64) if kind == "int8" else ()
-    if size not in known and (kind == "int4" or size % (2 * LANES)):
-        return f"{kind} groups of {size} columns"
-    if kind == "int4" and size // 4 < LEAST and shim.VERSION < (0, 11):
-        return f"int4 groups of {size} columns need jax 0.11, which joins arrays in registers"
+    cut = slices(coding, columns)
+    if size % cut.group or cut.columns % cut.group or cut.group < 32 or (kind == "int4" and size > cut.group):
+        return f"{kind} groups of {size} columns, {columns} in all"
+    if cut.lanes < LEAST and shim.VERSION < (0, 11):
+        return f"{kind} groups of {size} columns need jax 0.11, which joins arrays in registers"
     return None
 
 
-def ordered(x_NK: jax.Array, cut: Slices, coding: Coding) -> jax.Array:
-    """Columns in the order of the pieces, and zeros up to whole slices."""
+def ordered(x_NK: jax.Array, cut: Slices, kind: str) -> jax.Array:
+    """Columns in the order of the pieces."""
     N, K = x_NK.shape
-    x_NK = jnp.pad(x_NK, ((0, 0), (0, -K % cut.columns)))
-    if coding.kind == "int4":
+    if kind == "int4":  # low halves of a group's bytes are its first columns, high halves its last ones
         x = x_NK.reshape(N, -1, 2, cut.lanes, 2).transpose(0, 1, 4, 2, 3)
     else:
         x = x_NK.reshape(N, -1, cut.lanes, 2).transpose(0, 1, 3, 2)
-    return x.reshape(N, -1)
+    return x.reshape(N, K)
 
 
 def as_lanes(codes: jax.Array) -> jax.Array:
@@ -105,18 +113,18 @@ def as_lanes(codes: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(pairs, jnp.uint16)
 
 
-def offset(zero: jax.Array | None, dtype: np.dtype) -> jax.Array | float:
-    """What int4 takes away from the pieces' floats: one number, or one for each row."""
+def offset(zero: jax.Array | None, dtype: np.dtype) -> jax.Array:
+    """What int4 takes away from the pieces' floats: one number, or one for each row of zero points."""
     if zero is None:
-        return _base(dtype) + SYMMETRIC_ZERO
-    return zero + _base(dtype)
+        return jnp.asarray(_base(dtype) + SYMMETRIC_ZERO, dtype)
+    return (zero.astype(jnp.float32) + _base(dtype)).astype(dtype)
 
 
-def unpack(lanes: jax.Array, kind: str, dtype: np.dtype, less: jax.Array | float = 0.0) -> list[jax.Array]:
+def unpack(lanes: jax.Array, kind: str, dtype: np.dtype, less: jax.Array) -> list[jax.Array]:
     """The pieces of lanes [rows, n], each [rows, n] in `dtype` (bfloat16 or float16), exact.
 
     Args:
-      less: int4 only: `offset`, broadcast to [rows, n].
+      less: int4 only: `offset`, one number or [rows, n].
     """
     if kind == "int4":
         return [_float(shifted(lanes, -4 * i) & _bits(0x000F) | _one(dtype), dtype) - less for i in range(4)]

@@ -33,7 +33,6 @@ from dsv3_jax.kernels.grouped_matmul.pipeline import (
 from dsv3_jax.kernels.grouped_matmul.schedule import EXPERT, ROW, ROWS, schedule
 from dsv3_jax.kernels.quantized_matmul.coding import Coding
 from dsv3_jax.kernels.quantized_matmul.mosaic_codes import (
-    LANES,
     Slices,
     as_lanes,
     joined,
@@ -46,6 +45,9 @@ from dsv3_jax.kernels.quantized_matmul.mosaic_codes import (
 from dsv3_jax.kernels.shim import pl, plgpu
 
 Parts = tuple[jax.Array, jax.Array, jax.Array | None]
+
+# Registers of a thread: of the warpgroup that loads, and of those that multiply, by how many there are.
+REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160), 4: (24, 120)}
 
 
 class Tile(NamedTuple):
@@ -70,14 +72,14 @@ class Tile(NamedTuple):
         """Of the weight."""
         return self.warpgroups * LINE
 
-    def shared_bytes(self, columns: int) -> int:
-        """Shared memory of a block, with slices of `columns`; the barriers come to less than 1024."""
-        slices = self.stages * (self.tokens * columns + self.rows * LANES)
+    def shared_bytes(self, cut: Slices) -> int:
+        """Shared memory of a block; the barriers come to less than 1024."""
+        slices = self.stages * (self.tokens * cut.columns + self.rows * cut.line)
         return 2 * (slices + self.rows * (self.tokens if self.splits == 1 else 8)) + 1024
 
-
-# Registers of a thread: of the warpgroup that loads, and of those that multiply, by how many there are.
-REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160), 4: (24, 120)}
+    def fits_registers(self) -> bool:
+        """Whether two sets of sums, and a group's codes and floats, leave a thread some registers."""
+        return self.tokens + 72 <= REGISTERS[self.warpgroups][1]
 
 
 def product(
@@ -89,28 +91,26 @@ def product(
     (N, K), dtype = x_NK.shape, x_NK.dtype
     E, R = codes.shape[0] if grouped else 1, codes.shape[-2]
     cut = slices(coding, K)
-    steps = -(-K // cut.columns)
+    steps = K // cut.columns
     share = -(-steps // tile.splits)
     if R % LINE or share * (tile.splits - 1) >= steps or (grouped and tile.splits > 1):
         raise ValueError(f"codes {codes.shape} in {coding} are not made of tiles {tile}")
     across = -(-R // (tile.rows * tile.cluster))
     down = -(-N // tile.tokens)
-    x = jnp.pad(ordered(x_NK, cut, coding), ((0, max(0, tile.tokens - N)), (0, 0)))
+    x = jnp.pad(ordered(x_NK, cut, coding.kind), ((0, max(0, tile.tokens - N)), (0, 0)))
     plan = tuple(schedule(group_sizes_E, N, tile.tokens)) if grouped else ()
     cores, blocks = grid(tile.cluster)
     whole = tile.splits == 1
     out = jax.ShapeDtypeStruct((N, R), dtype)
     if not whole:
         out = jax.ShapeDtypeStruct((tile.splits, R, down * tile.tokens), jnp.float32)
-    per_slice, count_scales = cut.columns // cut.group, scales.shape[-1]
-    given = [*plan, x, as_lanes(codes), scales, *([] if zeros is None else [zeros])]
+    given = [*plan, x, as_lanes(codes), scales.astype(jnp.float32), *([] if zeros is None else [zeros])]
     layout, column = plgpu.Layout.WGMMA, row_layout()
 
     def body(*refs):
-        tiles, live, *refs = refs if grouped else (None, None, *refs)
-        x, codes, scales, *refs = refs
-        zeros, *refs = refs if len(given) - len(plan) == 4 else (None, *refs)
-        out, x_smem, codes_smem, out_smem, full, empty = refs
+        arrays, (out, x_smem, codes_smem, out_smem, full, empty) = refs[: len(given)], refs[len(given) :]
+        (tiles, live), (x, codes, scales, *rest) = arrays[: len(plan)] or (None, None), arrays[len(plan) :]
+        zeros = rest[0] if rest else None
         wg = lax.axis_index("wg")
         block, multicast = shared(tile.cluster)
         total = live[0] * across if grouped else jnp.int32(down * across * tile.splits)
@@ -153,7 +153,7 @@ def product(
                         plgpu.barrier_wait(empty.at[slot])
 
                     plgpu.copy_gmem_to_smem(
-                        of(codes, expert).at[pl.ds(row, tile.rows), pl.ds((begin + k) * LANES, LANES)],
+                        of(codes, expert).at[pl.ds(row, tile.rows), pl.ds((begin + k) * cut.line, cut.line)],
                         codes_smem.at[slot],
                         full.at[slot],
                     )
@@ -188,8 +188,8 @@ def product(
                     if not cut.scaled:
                         return []
                     found = []
-                    for g in range(per_slice):
-                        at = jnp.minimum(cut.scale_of(step * per_slice + g), count_scales - 1)
+                    for g in range(cut.groups):
+                        at = cut.scale_of(step * cut.groups + g)
                         if coding.block_rows > 1:
                             found.append(of(scales, e)[lax.div(safe, jnp.int32(coding.block_rows)), at])
                         else:
@@ -206,15 +206,13 @@ def product(
                     plgpu.barrier_wait(full.at[slot])
                     lanes = shim.load(codes_smem.at[slot, pl.ds(wg * LINE, LINE)], layout=layout)
                     now = list(now)
-                    for g in range(per_slice):
+                    for g in range(cut.groups):
                         scale = now.pop(0) if cut.scaled else None
                         zero = now.pop(0) if zeros is not None else None
                         own = lanes[:, g * cut.lanes : (g + 1) * cut.lanes]
-                        less: Any = offset(None if zero is None else zero.astype(jnp.float32), dtype)
+                        less: Any = offset(zero, dtype)
                         if zero is not None:
-                            less = lax.broadcast_in_dim(less.astype(dtype), own.shape, [0])
-                        else:
-                            less = jnp.asarray(less, dtype)
+                            less = lax.broadcast_in_dim(less, own.shape, [0])
                         pieces = joined(unpack(own, coding.kind, dtype, less), cut)
                         made = multiplied(pieces, x_smem, slot, g * cut.group, cut, tile.tokens)
                         sums = sums + (made if scale is None else made * spread(scale, made.shape))
@@ -255,7 +253,7 @@ def product(
             plgpu.SMEM(
                 (tile.stages, tile.tokens, cut.columns), dtype, transforms=transforms(8, min(LINE, cut.width))
             ),
-            plgpu.SMEM((tile.stages, tile.rows, LANES), jnp.uint16, transforms=transforms(8)),
+            plgpu.SMEM((tile.stages, tile.rows, cut.line), jnp.uint16, transforms=transforms(8, cut.line)),
             plgpu.SMEM((tile.warpgroups, tile.tokens if whole else 8, LINE), dtype, transforms=transforms(1)),
             plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
             consumed(tile.cluster, tile.stages, tile.warpgroups),
@@ -276,13 +274,12 @@ def multiplied(
     """Float32 sums [64, tokens] of a group: its pieces in registers times its columns of x, from `first` on."""
     columns = [x_smem.at[slot, :, pl.ds(first + i * cut.width, cut.width)] for i in range(len(pieces))]
     if shim.interpreting():  # the interpreter knows no WGMMA with its left side in registers
-        return sum(
-            lax.dot_general(
-                piece.astype(jnp.float32), x[...].astype(jnp.float32), (((1,), (1,)), ((), ())),
-                precision=lax.Precision.HIGHEST,
-            )
-            for piece, x in zip(pieces, columns, strict=True)
-        )  # fmt: skip
+        sums = jnp.zeros((LINE, tokens), jnp.float32)
+        for piece, x in zip(pieces, columns, strict=True):
+            both = piece.astype(jnp.float32), x[...].astype(jnp.float32)
+            over = (((1,), (1,)), ((), ()))
+            sums = sums + lax.dot_general(*both, over, precision=lax.Precision.HIGHEST)
+        return sums
 
     def scope(acc):
         for piece, x in zip(pieces, columns, strict=True):
