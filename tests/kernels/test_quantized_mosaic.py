@@ -384,13 +384,23 @@ def test_weights_of_experts_without_rows_and_rows_of_nobody_are_not_used():
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("name", "text"), [("interpret", "int4a"), ("interpret_experts", "fp8"), ("interpret_split", "int4")]
+    ("text", "tile"),
+    [("int4a", Tile(8, 2, 2)), ("int8:64", Tile(8, 1, 3, cluster=2)), ("fp8", Tile(8, 1, 2, splits=2))],
 )
-def test_no_races(name, text):
-    shape = SHAPES[name]
-    arrays = inputs(jax.random.key(11), shape, text)
+def test_no_races_where_slots_are_filled_again(text, tile):
+    shape = Shape(11, 128, 1280)
+    x, codes, scales, *zeros = inputs(jax.random.key(11), shape, text)
     with shim.interpret(detect_races=True):
-        jax.block_until_ready(computed(*arrays, shape=shape, text=text, implementation="mosaic"))
+        y = product(x, (codes, scales, zeros[0] if zeros else None), coding(text, shape.inputs), tile)
+        jax.block_until_ready(y)
+
+
+@needs_interpreter
+def test_no_races_by_expert():
+    shape, text = SHAPES["interpret_experts"], "fp8"
+    x, codes, scales, sizes = inputs(jax.random.key(11), shape, text)
+    with shim.interpret(detect_races=True):
+        jax.block_until_ready(product(x, (codes, scales, None), coding(text, 256), Tile(8, 1, 1), sizes))
 
 
 @needs_interpreter

@@ -216,6 +216,8 @@ def product(
                         pieces = joined(unpack(own, coding.kind, dtype, less), cut)
                         made = multiplied(pieces, x_smem, slot, g * cut.group, cut, tile.tokens)
                         sums = sums + (made if scale is None else made * spread(scale, made.shape))
+                    # Threads have read the codes: that comes before the copy that refills the slot.
+                    plgpu.commit_smem()
                     plgpu.barrier_arrive(empty.at[slot])
                     return sums, after
 
