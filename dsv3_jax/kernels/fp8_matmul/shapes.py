@@ -17,6 +17,8 @@ from dsv3_jax.kernels.fp8_matmul.mosaic_product import Tile
 from dsv3_jax.kernels.fp8_matmul.quantize import BLOCK, quantize_blocks, quantize_lines
 from dsv3_jax.kernels.grouped_matmul.pipeline import SHARED_BYTES
 from dsv3_jax.kernels.quantized_matmul import Coding, grouped_quantized_matmul, quantized_matmul
+from dsv3_jax.kernels.registry import Implementation, call
+from dsv3_jax.kernels.registry import mosaic as hopper
 
 CODING = Coding("fp8", BLOCK, BLOCK, "fp8")
 
@@ -98,13 +100,26 @@ def _forward(
     return product(coding=CODING, implementation=implementation)
 
 
-def _quantize(x_NK: jax.Array, *, implementation: str) -> tuple[jax.Array, jax.Array]:
-    """Codes, and scales [G, N]."""
-    if implementation == "mosaic":
-        codes, scales_GN = mosaic_quantize.quantize_lines(x_NK)
-        return codes, scales_GN[:, : x_NK.shape[0]]
+def _by_kernel(x_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    codes, scales_GN = mosaic_quantize.quantize_lines(x_NK)
+    return codes, scales_GN[:, : x_NK.shape[0]]
+
+
+def _by_xla(x_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
     codes, scales_NG = quantize_lines(x_NK)
     return codes, scales_NG.T
+
+
+# For these cases alone: the rounding is a part of the product, which the registry chooses for.
+QUANTIZE = {
+    "mosaic": hopper(_by_kernel, refuses=lambda x: None, shape_class=lambda x: f"k{x.shape[1]}"),
+    "reference": Implementation(_by_xla),
+}
+
+
+def _quantize(x_NK: jax.Array, *, implementation: str) -> tuple[jax.Array, jax.Array]:
+    """Codes, and scales [G, N]."""
+    return call("fp8_quantize", implementation, QUANTIZE, x_NK)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
