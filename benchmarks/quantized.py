@@ -1,25 +1,23 @@
 """Quantised weights: speed and memory of decoding by format, and what each costs in quality.
 
     python -m benchmarks.quantized speed                       the ~113M shape, random weights, on this machine
-    python -m benchmarks.quantized quality --run DIR --text FILE --calibration FILE [--name NAME]
+    python -m benchmarks.quantized quality --run DIR --text FILE .. --calibration FILE [--name NAME]
 
 `speed` starts one process a format and round, formats in turn, so that peak memory is that format's own; each loads the
 same checkpoint with `--quantize`, warms up, and decodes 64 tokens for 1 and for 16 prompts. `quality` quantises a
-trained checkpoint in every format, rounding to nearest and by GPTQ, and compares it with itself on a text that it was
-neither trained nor calibrated on (`convert.compare`).
+trained checkpoint in every format, to nearest, calibrated and by other libraries (`benchmarks.quality`); texts come
+from `benchmarks.texts`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,6 @@ from benchmarks.common import environment, write
 
 FORMATS = ("float32", "int8", "fp8", "int4:64")
 NEW_TOKENS, PROMPT = 64, 64
-QUALITY = (
-    ("int8", False), ("int8", True), ("fp8", False), ("int4:128", False), ("int4:128", True), ("int4:64", False),
-    ("int4:64", True), ("int4a:64", False), ("int4a:64", True), ("int4:32", False), ("int4:32", True),
-)  # fmt: skip
 
 
 def speed(rounds: int) -> dict[str, Any]:
@@ -111,52 +105,6 @@ def one(folder: str, name: str) -> dict[str, float]:
     return result
 
 
-def quality(run: Path, text: Path, calibration: Path, tokens: int) -> dict[str, Any]:
-    """Sizes, perplexity, KL and agreement by format and rounding."""
-    from convert import compare, quantize
-    from convert.calibrate import read_tokens
-    from dsv3_jax.checkpoint.source import open_source
-    from dsv3_jax.model import abstract_variables
-    from dsv3_jax.quantization.formats import parse_format
-
-    source = open_source(run, abstract_variables)
-    windows = read_tokens(source, text, tokens, "--text", "--tokens")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, gptq in QUALITY:
-            fmt, dst = parse_format(name), Path(folder) / f"{name.replace(':', '-')}{'-gptq' if gptq else ''}"
-            started = time.perf_counter()
-            quantize.convert(
-                run, dst, method=fmt.kind, group_size=fmt.group or None, asymmetric=fmt.asymmetric,
-                calibration=calibration if gptq else None,
-            )  # fmt: skip
-            seconds = time.perf_counter() - started
-            report = json.loads((dst / "quantization.json").read_text())
-            coded = sum(leaf["nbytes"] for leaf in report["leaves"])
-            values = sum(leaf["values"] for leaf in report["leaves"])
-            found = compare.compare(source, open_source(dst, abstract_variables), windows)
-            rows.append(
-                {
-                    "format": name,
-                    "rounding": "gptq" if gptq else "nearest",
-                    "share_of_float32": coded / (4 * values),
-                    "checkpoint_share_of_float32": report["nbytes"] / report["nbytes_float32"],
-                    "seconds": seconds,
-                    **dataclasses.asdict(found),
-                }
-            )
-            print(rows[-1], file=sys.stderr)
-    return {
-        "environment": environment(),
-        "parameters": source.count_parameters(),
-        "step": source.step,
-        "tokens": tokens,
-        "text": text.name,
-        "calibration": calibration.name,
-        "rows": rows,
-    }
-
-
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(
@@ -169,9 +117,12 @@ def main() -> None:
     single.add_argument("folder")
     single.add_argument("format")
     good = kinds.add_parser("quality")
-    for flag in ("--run", "--text", "--calibration"):
+    for flag in ("--run", "--calibration"):
         good.add_argument(flag, type=Path, required=True)
-    good.add_argument("--tokens", type=int, default=16384)
+    good.add_argument("--text", type=Path, nargs="+", required=True)
+    good.add_argument("--formats", nargs="+", default=["int8", "fp8", "int4:128", "int4:64", "int4a:64"])
+    good.add_argument("--tokens", type=int, default=32768)
+    good.add_argument("--window", type=int, default=256)
     good.add_argument("--name", default="quantized_quality")
     args = parser.parse_args()
     if args.kind == "one":
@@ -179,7 +130,10 @@ def main() -> None:
     elif args.kind == "speed":
         print(write("quantized_speed", speed(args.rounds)))
     else:
-        print(write(args.name, quality(args.run, args.text, args.calibration, args.tokens)))
+        from benchmarks.quality import quality
+
+        found = quality(args.run, args.text, args.calibration, args.tokens, args.window, args.formats)
+        print(write(args.name, found))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from dsv3_jax.text import Tokenizer
 Kind = Literal["dense", "moe"]
 
 SEQUENCE = 512
-"""Tokens of one calibration sequence, at most."""
+"""Tokens of one calibration sequence, at most, where nothing else is asked for."""
 
 PRIOR = 64.0
 """An expert's moments count as if this many inputs of the average expert had been seen too."""
@@ -57,7 +57,14 @@ class Calibrated:
     """
 
     def __init__(
-        self, source: Source, formats: dict[str, str], text: Path, tokens: int, *, quiet: bool = True
+        self,
+        source: Source,
+        formats: dict[str, str],
+        text: Path,
+        tokens: int,
+        window: int | None = None,
+        *,
+        quiet: bool = True,
     ) -> None:
         # A leaf that stays in the format it is stored in is not rounded: it multiplies with the values it has.
         self._formats = {path: fmt for path, fmt in formats.items() if source.formats.get(path) != fmt}
@@ -69,7 +76,7 @@ class Calibrated:
             mtp_own_embedding=False,
             mtp_own_head=False,
         )
-        self._tokens_BT = read_tokens(source, text, tokens)
+        self._tokens_BT = read_tokens(source, text, tokens, window)
         self._moments = Moments()
         self._lock = threading.Lock()
         self._hidden_BTD: np.ndarray | None = None
@@ -78,7 +85,7 @@ class Calibrated:
 
     def __str__(self) -> str:
         """What the result depends on besides the weights."""
-        return hashlib.sha256(self._tokens_BT.tobytes()).hexdigest()
+        return hashlib.sha256(repr(self._tokens_BT.shape).encode() + self._tokens_BT.tobytes()).hexdigest()
 
     def in_order(self, entries: list[HFEntry]) -> list[HFEntry]:
         """Entries in the order in which their codes can be made: layer after layer."""
@@ -248,17 +255,24 @@ def read_tokens(
     source: Source,
     text: Path,
     tokens: int,
+    window: int | None = None,
     flag: str = "--calibration",
-    count_flag: str = "--calibration-tokens",
 ) -> np.ndarray:
-    """int32 [sequences, T] from a UTF-8 text file, T at most SEQUENCE.
+    """int32 [sequences, T] from a UTF-8 text file.
+
+    Args:
+      window: T, by default SEQUENCE; less where the model's positions or the tokens are fewer.
+      flag: the text's, for messages; of the others "-tokens" and "-window" follow it, or stand alone after "--text".
 
     Raises:
       ConfigError: the file cannot be read or gives fewer tokens than one sequence.
       DataError: a token that the model does not have.
     """
+    prefix = flag if flag == "--calibration" else "-"
     if tokens < 256:
-        raise ConfigError(f"{count_flag} is {tokens}; 256 or more expected")
+        raise ConfigError(f"{prefix}-tokens is {tokens}; 256 or more expected")
+    if window is not None and window < 16:
+        raise ConfigError(f"{prefix}-window is {window}; 16 or more expected")
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -266,7 +280,7 @@ def read_tokens(
     tokenizer = None if source.tokenizer_dir is None else Tokenizer.load(source.tokenizer_dir)
     tokenizer = tokenizer or Tokenizer.bytes()
     ids = np.asarray(tokenizer.encode_text(content[: tokens * 16]), np.int32)[:tokens]
-    length = min(SEQUENCE, source.cfg.max_position_embeddings, tokens)
+    length = min(window or SEQUENCE, source.cfg.max_position_embeddings, tokens)
     if len(ids) < length:
         raise ConfigError(f"{flag} {text}: {len(ids)} tokens; at least {length} needed")
     if int(ids.max()) >= source.cfg.vocab_size:

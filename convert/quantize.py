@@ -47,6 +47,7 @@ def convert(
     skip: tuple[str, ...] = (),
     calibration: Path | None = None,
     calibration_tokens: int = 16384,
+    calibration_window: int = 512,
     force: bool = False,
     *,
     quiet: bool = True,
@@ -75,7 +76,7 @@ def convert(
             raise ConfigError("--calibration goes with int8 and int4; fp8 is rounded as DeepSeek releases it")
         from convert.calibrate import Calibrated
 
-        gptq = Calibrated(source, formats, calibration, calibration_tokens, quiet=quiet)
+        gptq = Calibrated(source, formats, calibration, calibration_tokens, calibration_window, quiet=quiet)
     jobs = _jobs(source, formats, gptq)
     nbytes = sum(job.nbytes for job in jobs)
     plan = {
@@ -170,6 +171,7 @@ def main(
     skip: tuple[str, ...] = (),
     calibration: Path | None = None,
     calibration_tokens: int = 16384,
+    calibration_window: int = 512,
     force: bool = False,
 ) -> None:
     """Quantise a checkpoint's weights into a native checkpoint.
@@ -184,6 +186,7 @@ def main(
       skip: leaves that stay as they are, by shell patterns of their paths, such as "*kv_b*".
       calibration: text file; weights are then rounded by GPTQ on our own model's activations.
       calibration_tokens: how many of its tokens are used.
+      calibration_window: tokens that are read in one go, at most; no more than the model was trained on.
       force: replace DST if it is empty or a checkpoint.
     """
     convert(
@@ -196,6 +199,7 @@ def main(
         skip,
         calibration,
         calibration_tokens,
+        calibration_window,
         force,
         quiet=False,
     )

@@ -24,7 +24,7 @@ from dsv3_jax.quantization.formats import Format, Parts, grid, pack_int4
 DAMPING = 0.01
 """Added to the diagonal of H, times its mean: keeps directions that calibration hardly saw in place."""
 
-CLIPPINGS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+CLIPPINGS = (1.0, 0.95, 0.9, 0.85)
 """Shares of the largest weight of a group of 4-bit codes that are tried as the largest code's value."""
 
 _BLOCK = 16  # columns between which errors go one at a time; between blocks they go by matrix products
