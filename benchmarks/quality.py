@@ -31,8 +31,8 @@ from dsv3_jax.quantization.formats import Format, parse_format
 ROUNDINGS = {
     "int8": ("nearest", "gptq", "qwix", "torchao"),
     "fp8": ("nearest", "qwix", "torchao"),
-    "int4:128": ("nearest", "gptq", "qwix", "torchao"),
-    "int4:64": ("nearest", "gptq", "qwix", "torchao"),
+    "int4:128": ("nearest", "gptq", "awq", "qwix", "torchao"),
+    "int4:64": ("nearest", "gptq", "awq", "qwix", "torchao"),
     "int4a:64": ("nearest", "gptq", "torchao"),
     "int4:32": ("nearest", "gptq"),
 }
@@ -144,10 +144,12 @@ def _quantize(
 ) -> tuple[float, float]:
     """The quantised leaves' share of float32, and seconds."""
     fmt, started = parse_format(name), time.perf_counter()
+    how: dict[str, Any] = {}
+    if rounding != "nearest":
+        how = {"calibration": calibration, "calibration_window": window, "rounding": rounding}
     quantize.convert(
-        run, dst, method=fmt.kind, group_size=fmt.group or None, asymmetric=fmt.asymmetric,
-        calibration=None if rounding == "nearest" else calibration, calibration_window=window,
-    )  # fmt: skip
+        run, dst, method=fmt.kind, group_size=fmt.group or None, asymmetric=fmt.asymmetric, **how
+    )
     seconds = time.perf_counter() - started
     leaves = json.loads((dst / "quantization.json").read_text())["leaves"]
     return sum(leaf["nbytes"] for leaf in leaves) / (4 * sum(leaf["values"] for leaf in leaves)), seconds

@@ -171,29 +171,74 @@ def planning_table() -> str:
     return "\n".join([*lines, "", _where(result)])
 
 
-def quantized_quality_table() -> str:
-    """What each format costs in quality on the demo's model."""
-    result = _load("quantized_quality")
+def quantized_quality_table(name: str = "quantized_quality") -> str:
+    """What each format costs in quality on a trained model."""
+    result = _load(name)
     lines = [
-        "| format | rounding | of float32 | perplexity | KL, nats a token | same next token |",
-        "|---|---|---|---|---|---|",
+        "| format | rounding | of float32 | perplexity | KL, nats a token | same next token | other text: perplexity "
+        "| KL |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        change = 100 * (row["perplexity_ratio"] - 1)
-        lines.append(
-            f"| {row['format']} | {row['rounding']} | {row['share_of_float32']:.3f} | {change:+.2f} % | "
-            f"{row['kl_mean']:.1e} | {100 * row['greedy_agreement']:.1f} % |"
-        )
-    first = result["rows"][0]
+        if "share_of_float32" in row:
+            first, second = row["texts"]
+            lines.append(
+                f"| {row['format']} | {row['rounding']} | {row['share_of_float32']:.3f} | {_perplexity(first)} | "
+                f"{_kl(first)} | {100 * first['greedy_agreement']:.1f} % | {_perplexity(second)} | {_kl(second)} |"
+            )
+    first, second = result["rows"][0]["texts"]
+    held_out, other = result["texts"]
+    trained = result["trained"]
     return "\n".join(
         [
             *lines,
             "",
-            f"{result['parameters'] / 1e6:.1f}M parameters, step {result['step']:,}; {first['tokens']:,} tokens of "
-            f"{result['text']}, perplexity {first['perplexity_reference']:.2f} in float32; calibrated on "
-            f"{result['calibration']}. {result['environment']['date']}, commit {result['environment']['commit']}.",
+            f"{result['parameters'] / 1e6:.1f}M parameters after {trained['tokens'] / 1e6:.2f}M tokens (step "
+            f"{result['step']:,}, held-out loss {trained['val_loss']:.2f}). Changes against float32 ± standard error "
+            f"(bootstrap over windows of {result['window']} tokens). Text: {first['tokens']:,} tokens of {held_out}, "
+            f"perplexity {first['perplexity_reference']:.2f} in float32; other text: {second['tokens']:,} of {other}, "
+            f"{second['perplexity_reference']:.2f}. Calibrated on {result['calibration']}. {_when(result)}",
         ]
     )
+
+
+def quantized_quality_100m_table() -> str:
+    """The same of the ~113M model."""
+    return quantized_quality_table("quantized_quality_100m")
+
+
+def quantized_peers_table() -> str:
+    """Rounding to nearest by other libraries, on the same weights."""
+    result = _load("quantized_quality")
+    lines = [
+        "| format | by | same values as ours | error of weights | perplexity against ours | KL, nats a token | "
+        "other text: perplexity against ours | KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    peers = {row["format"] for row in result["rows"] if "same_as_nearest" in row}
+    for row in result["rows"]:
+        if row["format"] not in peers or "texts" not in row:
+            continue
+        by = row["rounding"] if "same_as_nearest" in row else f"ours, {row['rounding']}"
+        same = f"{100 * row['same_as_nearest']:.1f} %" if "same_as_nearest" in row else ""
+        cells = []
+        for text in row["texts"]:
+            nearest = row["rounding"] == "nearest"
+            cells += ["" if nearest else _perplexity(text["against_nearest"]), _kl(text)]
+        lines.append(f"| {row['format']} | {by} | {same} | {row['error']:.4f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"The model and texts of the table above. {_when(result)}"])
+
+
+def _perplexity(text: dict[str, Any]) -> str:
+    return f"{100 * (text['perplexity_ratio'] - 1):+.2f} ± {100 * text['perplexity_ratio_error']:.2f} %"
+
+
+def _kl(text: dict[str, Any]) -> str:
+    return f"{text['kl_mean']:.1e} ± {text['kl_error']:.0e}"
+
+
+def _when(result: dict[str, Any]) -> str:
+    return f"{result['environment']['date']}, commit {result['environment']['commit']}."
 
 
 def quantized_speed_table() -> str:
@@ -219,6 +264,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fit": fit_table,
     "planning": planning_table,
     "quantized_quality": quantized_quality_table,
+    "quantized_quality_100m": quantized_quality_100m_table,
+    "quantized_peers": quantized_peers_table,
     "quantized_speed": quantized_speed_table,
     "scaling": scaling_table,
     "compile_h200": kernel_tables.compile_table,

@@ -26,16 +26,20 @@ from dsv3_jax.checkpoint.source import Source
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.hf.plan import in_mtp
 from dsv3_jax.hf.rules import HFEntry, flatten_paths, layer_offset, unflatten_paths
+from dsv3_jax.hf.safetensors import DTYPES
 from dsv3_jax.model.attention import Context
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.rope import rope_tables
-from dsv3_jax.quantization.formats import Parts, parse_format, quantize
-from dsv3_jax.quantization.gptq import Factor, factor, gptq_each
+from dsv3_jax.quantization import awq
+from dsv3_jax.quantization.clipping import quantize_clipped
+from dsv3_jax.quantization.formats import Format, Parts, parse_format, quantize
+from dsv3_jax.quantization.gptq import Factor, factor, gptq_each, joined
 from dsv3_jax.quantization.leaf import quantized_leaf
 from dsv3_jax.quantization.recorded import Moments, Recorded
 from dsv3_jax.text import Tokenizer
 
 Kind = Literal["dense", "moe"]
+Rounding = Literal["gptq", "awq"]
 
 SEQUENCE = 512
 """Tokens of one calibration sequence, at most, where nothing else is asked for."""
@@ -63,9 +67,11 @@ class Calibrated:
         text: Path,
         tokens: int,
         window: int | None = None,
+        rounding: Rounding = "gptq",
         *,
         quiet: bool = True,
     ) -> None:
+        self._rounding = rounding
         # A leaf that stays in the format it is stored in is not rounded: it multiplies with the values it has.
         self._formats = {path: fmt for path, fmt in formats.items() if source.formats.get(path) != fmt}
         self._source, self._quiet = source, quiet
@@ -82,10 +88,15 @@ class Calibrated:
         self._hidden_BTD: np.ndarray | None = None
         self._layer = -1
         self._parts: dict[str, Parts] = {}
+        self._leaves: dict[str, np.ndarray] = {}
+        self._scales: list[dict[str, np.ndarray]] = []
+        self._folded: dict[str, np.ndarray] = {}
+        self._folded_layer = -1
 
     def __str__(self) -> str:
         """What the result depends on besides the weights."""
-        return hashlib.sha256(repr(self._tokens_BT.shape).encode() + self._tokens_BT.tobytes()).hexdigest()
+        what = f"{self._rounding} {self._tokens_BT.shape}".encode() + self._tokens_BT.tobytes()
+        return hashlib.sha256(what).hexdigest()
 
     def in_order(self, entries: list[HFEntry]) -> list[HFEntry]:
         """Entries in the order in which their codes can be made: layer after layer."""
@@ -99,6 +110,38 @@ class Calibrated:
         assert piece is not None, (entry.name, part)
         yield np.ascontiguousarray(piece).reshape(-1)
 
+    def changes(self, entry: HFEntry) -> bool:
+        """Whether a tensor that is not rounded may yet have scales folded in: then `floats` has it."""
+        within = _within(entry.path)
+        return (
+            self._rounding == "awq"
+            and self._layer_of(entry) >= 0
+            and any(within == one.source or within in one.readers for one in awq.FOLDS)
+        )
+
+    def floats(self, entry: HFEntry, stored: str) -> Iterator[np.ndarray]:
+        """The flat values of one tensor as they are to be stored. Raises DataError where the type cannot hold them."""
+        with self._lock:
+            self._reach(self._layer_of(entry))
+            block = self._leaves[entry.path][entry.index[1:]].reshape(-1)
+        piece = block.astype(DTYPES[stored])
+        if not np.array_equal(piece.astype(np.float32), block):
+            raise DataError(f"{entry.name}: scaled by powers of two it does not fit {stored}")
+        yield piece
+
+    def before(self, entry: HFEntry) -> Iterator[np.ndarray]:
+        """The flat float32 values that a tensor's codes stand for: its own, with scales folded in."""
+        layer = self._layer_of(entry)
+        if self._rounding != "awq" or layer < 0:
+            yield from self._source.tensors[entry.name].pieces("F32")
+            return
+        with self._lock:
+            self._reach(layer)
+            if self._folded_layer != layer:
+                leaves = self._read(self._of_layer(layer))
+                self._folded, self._folded_layer = self._fold(leaves, self._scales[layer]), layer
+        yield self._folded[entry.path][entry.index[1:]].reshape(-1)
+
     def _layer_of(self, entry: HFEntry) -> int:
         if in_mtp(entry.path) or not entry.index or entry.path.split("/")[1] not in ("dense", "moe"):
             return -1
@@ -109,9 +152,15 @@ class Calibrated:
         if layer < 0:
             matrix = self._source.tensors[entry.name].read("F32")
             return quantize(matrix, parse_format(self._formats[entry.path]))
+        self._reach(layer)
+        return self._parts[entry.name]
+
+    def _reach(self, layer: int) -> None:
         while self._layer < layer:
             self._next_layer()
-        return self._parts[entry.name]
+
+    def _of_layer(self, layer: int) -> list[HFEntry]:
+        return [entry for entry in self._source.entries if self._layer_of(entry) == layer]
 
     def _next_layer(self) -> None:
         cfg = self._cfg
@@ -119,7 +168,7 @@ class Calibrated:
             self._hidden_BTD = self._embed()
         self._layer += 1
         kind: Kind = "dense" if self._layer < cfg.num_dense_layers else "moe"
-        entries = [entry for entry in self._source.entries if self._layer_of(entry) == self._layer]
+        entries = self._of_layer(self._layer)
         leaves = self._read(entries)
         self._moments.clear()
         columns = {entry.path: entry.hf_shape[-1] for entry in entries}
@@ -132,7 +181,10 @@ class Calibrated:
             for path, leaf in leaves.items()
         }
         self._run(kind, recorded, keep=False)
-        self._parts = self._round(entries, leaves)
+        if self._rounding == "awq":
+            self._scales.append(self._find_scales(leaves))
+            leaves = self._fold(leaves, self._scales[-1])
+        self._parts, self._leaves = self._round(entries, leaves), leaves
         self._run(kind, self._rounded(entries, leaves), keep=True)
         if not self._quiet:
             print(f"calibrated layer {self._layer + 1} of {cfg.num_hidden_layers}", file=sys.stderr)
@@ -182,6 +234,8 @@ class Calibrated:
             try:
                 if sums is None:
                     parts = quantize(matrices_BRK, fmt)
+                elif self._rounding == "awq":
+                    parts = self._clipped(path, matrices_BRK, fmt)
                 else:
                     parts = gptq_each(matrices_BRK, self._factors(path, factors), fmt)
             except DataError as error:
@@ -207,6 +261,53 @@ class Calibrated:
             with threadpool_limits(1):  # see gptq_each
                 known[like] = factor(sums[like])
         return lambda _: known[like]
+
+    def _find_scales(self, leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """AWQ's scales of the layer whose moments were recorded last."""
+        if not all(np.isfinite(leaf).all() for leaf in leaves.values()):
+            raise DataError(f"layer {self._layer}: a weight that is not finite cannot be quantised")
+        within = {_within(path): path for path in leaves}
+        formats = {
+            name: parse_format(self._formats[path])
+            for name, path in within.items()
+            if path in self._moments.sums
+        }
+        kept = {
+            name
+            for name, path in within.items()
+            if path in self._source.formats and path not in self._formats
+        }
+        return awq.layer_scales(
+            {name: leaves[path] for name, path in within.items()},
+            formats,
+            lambda name, expert: self._moment(within[name], expert),
+            kept,
+        )
+
+    def _moment(self, path: str, expert: int) -> np.ndarray:
+        """Sum of x x^T of a leaf, or of one of its experts and of PRIOR inputs of the average one."""
+        sums, counts = self._moments.sums[path], self._moments.counts[path]
+        if sums.ndim == 2:
+            return sums
+        return sums[expert] + sums.sum(0) * (PRIOR / max(int(counts.sum()), 1))
+
+    def _fold(self, leaves: dict[str, np.ndarray], scales: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        cfg = self._cfg
+        values = slice(cfg.qk_nope_head_dim, cfg.qk_nope_head_dim + cfg.v_head_dim)
+        within = {_within(path): path for path in leaves}
+        changed = awq.folded({name: leaves[path] for name, path in within.items()}, scales, values)
+        return {within[name]: leaf for name, leaf in changed.items()}
+
+    def _clipped(self, path: str, matrices_BRK: np.ndarray, fmt: Format) -> Parts:
+        """To nearest, with clippings chosen by what inputs see of the error."""
+        scales_BK = awq.column_scales(_within(path), self._scales[-1])
+        found = []
+        for b, matrix_RK in enumerate(matrices_BRK):
+            cost_K = np.sqrt(np.maximum(np.diagonal(self._moment(path, b)), 0))
+            if scales_BK is not None:
+                cost_K = cost_K / scales_BK[b if len(scales_BK) > 1 else 0]
+            found.append(quantize_clipped(matrix_RK, cost_K, fmt))
+        return joined(found, 0).map(lambda part: part.reshape(len(matrices_BRK), -1, part.shape[-1]))
 
     def _rounded(self, entries: list[HFEntry], leaves: dict[str, np.ndarray]) -> dict[str, Any]:
         """The layer as it will be: quantised leaves from the codes just made."""
@@ -235,6 +336,11 @@ def _layer(cfg: Any, kind: Kind, variables: Any, x_BTD: jax.Array) -> jax.Array:
     ctx = Context(rope_tables(cfg, positions_BT), positions_BT, None, positions_BT >= 0)
     (x_BTD, _), _ = Block(cfg, kind, "expanded").apply(variables, (x_BTD, None), jnp.int32(0), ctx)
     return x_BTD
+
+
+def _within(path: str) -> str:
+    """A leaf's path within its stack: "params/moe/mlp_norm_D" -> "mlp_norm_D"."""
+    return path.split("/", 2)[-1]
 
 
 def _by_path(entries: list[HFEntry], formats: Mapping[str, str]) -> dict[str, list[HFEntry]]:

@@ -4,8 +4,10 @@
 
 SRC_DIR is a native checkpoint, a training run or a Hugging Face folder. Without --calibration weights are rounded to
 nearest; with it int4 and int8 go by GPTQ (arXiv 2210.17323): the rounding error of a column is made up for by the
-columns after it, as far as the calibration text's activations tell. Norms, biases, router, embedding and head stay as
-they are. DST_DIR/quantization.json has the sizes and the error of every leaf; quantization.svg shows them.
+columns after it, as far as the calibration text's activations tell; or, with --rounding awq (arXiv 2306.00978), columns
+that large activations meet are scaled up first and norms, routers and rows before them scaled down, by powers of two.
+Otherwise norms, biases, router, embedding and head stay as they are. DST_DIR/quantization.json has the sizes and the
+error of every leaf; quantization.svg shows them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -34,6 +36,9 @@ from dsv3_jax.quantization.formats import Format, parse_format
 from dsv3_jax.quantization.report import measure, write_report
 from dsv3_jax.quantization.streamed import quantized_pieces
 
+if TYPE_CHECKING:
+    from convert.calibrate import Calibrated
+
 Kind = Literal["experts", "shared", "dense", "attention", "head"]
 
 
@@ -48,6 +53,7 @@ def convert(
     calibration: Path | None = None,
     calibration_tokens: int = 16384,
     calibration_window: int = 512,
+    rounding: Literal["gptq", "awq"] = "gptq",
     force: bool = False,
     *,
     quiet: bool = True,
@@ -70,20 +76,24 @@ def convert(
     formats, notes = choose_formats(columns, source.formats, fmt, kinds, skip)
     if not quiet:
         tell([*source.notes, *notes])
-    gptq = None
+    calibrated = None
     if calibration is not None:
         if fmt.kind == "fp8":
             raise ConfigError("--calibration goes with int8 and int4; fp8 is rounded as DeepSeek releases it")
         from convert.calibrate import Calibrated
 
-        gptq = Calibrated(source, formats, calibration, calibration_tokens, calibration_window, quiet=quiet)
-    jobs = _jobs(source, formats, gptq)
+        calibrated = Calibrated(
+            source, formats, calibration, calibration_tokens, calibration_window, rounding, quiet=quiet
+        )
+    elif rounding != "gptq":
+        raise ConfigError(f"--rounding {rounding} needs --calibration")
+    jobs = _jobs(source, formats, calibrated)
     nbytes = sum(job.nbytes for job in jobs)
     plan = {
         "command": "quantize",
         "formats": formats,
         "files": fingerprint(tensor.file for tensor in source.tensors.values()),
-        "calibration": None if calibration is None else [text_digest(str(gptq)), calibration_tokens],
+        "calibration": None if calibration is None else [text_digest(str(calibrated)), calibration_tokens],
     }
     needed = sum(on_disk(job.nbytes) + 512 for job in jobs) + 16384 * len(source.leaf_dtypes)
     with Conversion(dst, plan, force=force, nbytes=needed) as conversion:
@@ -91,7 +101,7 @@ def convert(
             return read_manifest(dst)
         arrays = _arrays(source, formats)
         begin(conversion, arrays)
-        records = conversion.run(jobs, threads=1 if gptq else None, quiet=quiet)
+        records = conversion.run(jobs, threads=1 if calibrated else None, quiet=quiet)
         out = conversion.out
         write_model_config(out, source.cfg)
         tokenizer = sorted(source.tokenizer_dir.iterdir()) if source.tokenizer_dir else []
@@ -100,7 +110,7 @@ def convert(
             hf = source.folder if source.kind == "hf" else source.folder / layout.HF
             copy_files([hf / "config.json", *source.files], out / layout.HF)
         (out / layout.MANIFEST).unlink(missing_ok=True)
-        report = measure(source, formats, out, "gptq" if gptq else "nearest")
+        report = measure(source, formats, out, rounding if calibrated else "nearest", calibrated)
         write_report(report, out)
         manifest = write_manifest(
             out,
@@ -135,15 +145,18 @@ def _arrays(source: Source, formats: dict[str, str]) -> dict[str, Stored]:
     return stored_arrays(source.entries, flatten_paths(source.abstract), source.leaf_dtypes, formats, scales)
 
 
-def _jobs(source: Source, formats: dict[str, str], gptq: Any) -> list[Job]:
+def _jobs(source: Source, formats: dict[str, str], calibrated: Calibrated | None) -> list[Job]:
     jobs = []
-    for entry in source.entries if gptq is None else gptq.in_order(source.entries):
+    for entry in source.entries if calibrated is None else calibrated.in_order(source.entries):
         tensor = source.tensors[entry.name]
         if entry.path not in formats:
             stored = source.leaf_dtypes[entry.path]
             file = layout.chunk_file(entry.path, entry.index, len(entry.block_shape))
             nbytes = tensor.size * DTYPES[stored].itemsize
-            jobs.append(Job(file, file, 0, nbytes, partial(tensor.pieces, stored)))
+            floats = partial(tensor.pieces, stored)
+            if calibrated is not None and calibrated.changes(entry):
+                floats = partial(calibrated.floats, entry, stored)
+            jobs.append(Job(file, file, 0, nbytes, floats))
             continue
         fmt = parse_format(formats[entry.path])
         kept = source.formats.get(entry.path) == formats[entry.path]
@@ -153,10 +166,9 @@ def _jobs(source: Source, formats: dict[str, str], gptq: Any) -> list[Job]:
                 nbytes, pieces = tensor.parts[part].nbytes, partial(tensor.part_pieces, part)
             else:
                 nbytes = math.prod(shape) * dtype.itemsize
-                pieces = partial(
-                    gptq.pieces if gptq is not None else quantized_pieces,
-                    *((entry, part) if gptq is not None else (tensor, fmt, part)),
-                )
+                pieces = partial(quantized_pieces, tensor, fmt, part)
+                if calibrated is not None:
+                    pieces = partial(calibrated.pieces, entry, part)
             jobs.append(Job(file, file, 0, nbytes, pieces))
     return jobs
 
@@ -172,6 +184,7 @@ def main(
     calibration: Path | None = None,
     calibration_tokens: int = 16384,
     calibration_window: int = 512,
+    rounding: Literal["gptq", "awq"] = "gptq",
     force: bool = False,
 ) -> None:
     """Quantise a checkpoint's weights into a native checkpoint.
@@ -184,9 +197,10 @@ def main(
       asymmetric: int4 with a zero point for each group.
       kinds: which weights: experts, shared, dense, attention, head.
       skip: leaves that stay as they are, by shell patterns of their paths, such as "*kv_b*".
-      calibration: text file; weights are then rounded by GPTQ on our own model's activations.
+      calibration: text file; weights are then rounded by what our own model's activations on it tell.
       calibration_tokens: how many of its tokens are used.
       calibration_window: tokens that are read in one go, at most; no more than the model was trained on.
+      rounding: with a calibration, gptq, or awq: columns scaled before they are rounded, norms to match.
       force: replace DST if it is empty or a checkpoint.
     """
     convert(
@@ -200,6 +214,7 @@ def main(
         calibration,
         calibration_tokens,
         calibration_window,
+        rounding,
         force,
         quiet=False,
     )

@@ -19,13 +19,11 @@ from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
 from dsv3_jax.errors import DataError
-from dsv3_jax.quantization.formats import Format, Parts, grid, pack_int4
+from dsv3_jax.quantization.clipping import CLIPPINGS, clipped_grid
+from dsv3_jax.quantization.formats import Format, Parts, pack_int4
 
 DAMPING = 0.01
 """Added to the diagonal of H, times its mean: keeps directions that calibration hardly saw in place."""
-
-CLIPPINGS = (1.0, 0.95, 0.9, 0.85)
-"""Shares of the largest weight of a group of 4-bit codes that are tried as the largest code's value."""
 
 _BLOCK = 16  # columns between which errors go one at a time; between blocks they go by matrix products
 _PIECE_BYTES = 8 << 20  # of float64 weights rounded side by side in one thread
@@ -108,10 +106,11 @@ def gptq_each(
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(piece, corners))
     across = len(corners) // len(range(0, B, some))
-    return _joined([_joined(found[at : at + across], 1) for at in range(0, len(found), across)], 0)
+    return joined([joined(found[at : at + across], 1) for at in range(0, len(found), across)], 0)
 
 
-def _joined(pieces: Sequence[Parts], axis: int) -> Parts:
+def joined(pieces: Sequence[Parts], axis: int) -> Parts:
+    """Parts put one after the other."""
     codes, scales, zeros = zip(*pieces, strict=True)
     joined = None if zeros[0] is None else np.concatenate(zeros, axis)
     return Parts(np.concatenate(codes, axis), np.concatenate(scales, axis), joined)
@@ -177,27 +176,11 @@ class _Rounding:
     def _scale(self, group: int) -> None:
         """Choose the group's scales."""
         columns = slice(group * self.size, (group + 1) * self.size)
-        w_BKR = self.w_BKR[:, columns].astype(np.float32)
-        scales, zeros = grid(w_BKR.transpose(0, 2, 1), self.fmt)
-        whole_BR = scales[..., 0]
-        if zeros is not None and self.zeros_BRG is not None:
-            self.zeros_BRG[..., group] = zeros[..., 0]
-        self.scales_BRG[..., group] = whole_BR
-        if self.fmt.kind == "int8":
-            return
-        offset, low, high = self._levels(group)
-        shift_BR = np.asarray(offset, np.float32)[..., None, :] if np.ndim(offset) else np.float32(offset)
-        least, most = low - shift_BR, high - shift_BR
         diagonal_BK = np.diagonal(self.upper_BKK, axis1=1, axis2=2)[:, columns]
-        cost_BK1 = (diagonal_BK.min(1, keepdims=True) / diagonal_BK)[..., None].astype(np.float32)
-        best_BR = np.full(whole_BR.shape, np.inf, np.float32)
-        for clipping in self.clippings:
-            scale_BR = whole_BR * np.float32(clipping)
-            scale_B1R = scale_BR[:, None]
-            error = np.clip(np.rint(w_BKR / scale_B1R), least, most) * scale_B1R
-            error -= w_BKR
-            error *= cost_BK1
-            found_BR = np.einsum("bkr,bkr->br", error, error)
-            better_BR = found_BR < best_BR
-            best_BR = np.where(better_BR, found_BR, best_BR)
-            self.scales_BRG[..., group] = np.where(better_BR, scale_BR, self.scales_BRG[..., group])
+        cost_BK = diagonal_BK.min(1, keepdims=True) / diagonal_BK
+        scales_BR, zeros_BR = clipped_grid(
+            self.w_BKR[:, columns].astype(np.float32), cost_BK, self.fmt, self.clippings
+        )
+        self.scales_BRG[..., group] = scales_BR
+        if self.zeros_BRG is not None and zeros_BR is not None:
+            self.zeros_BRG[..., group] = zeros_BR

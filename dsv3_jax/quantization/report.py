@@ -34,7 +34,7 @@ class LeafError:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Sizes in bytes and errors of a quantised checkpoint; `rounding` is "nearest" or "gptq"."""
+    """Sizes in bytes and errors of a quantised checkpoint; `rounding` is "nearest", "gptq" or "awq"."""
 
     rounding: str
     leaves: list[LeafError]
@@ -59,12 +59,15 @@ class Report:
         return "\n".join(lines)
 
 
-def measure(source: Any, formats: Mapping[str, str], out: Path, rounding: str) -> Report:
+def measure(
+    source: Any, formats: Mapping[str, str], out: Path, rounding: str, calibrated: Any = None
+) -> Report:
     """Compare what lies in `out` (a checkpoint without manifest yet) with its source, tensor by tensor.
 
     Args:
       source: `checkpoint.source.Source` of the weights before.
       formats: format of every quantised leaf.
+      calibrated: `convert.calibrate.Calibrated`, which knows what the codes of each tensor stand for.
     """
     from dsv3_jax.checkpoint import layout
     from dsv3_jax.checkpoint.quantized import QuantizedLeaf
@@ -73,7 +76,7 @@ def measure(source: Any, formats: Mapping[str, str], out: Path, rounding: str) -
     sums: dict[str, dict[int, np.ndarray]] = {path: {} for path in formats}
     sizes: dict[str, list[int]] = {path: [0, 0] for path in formats}
     nbytes = values = 0
-    for entry in source.entries:
+    for entry in source.entries if calibrated is None else calibrated.in_order(source.entries):
         before = source.tensors[entry.name]
         values += before.size
         if entry.path not in formats:
@@ -86,7 +89,8 @@ def measure(source: Any, formats: Mapping[str, str], out: Path, rounding: str) -
         sizes[entry.path][1] += before.size
         layer = entry.index[0] if entry.index else 0
         total = sums[entry.path].setdefault(layer, np.zeros(2))
-        total += squares(before.pieces("F32"), after.pieces("F32"))
+        values_before = before.pieces("F32") if calibrated is None else calibrated.before(entry)
+        total += squares(values_before, after.pieces("F32"))
     return Report(
         rounding,
         [

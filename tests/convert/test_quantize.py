@@ -15,8 +15,9 @@ from dsv3_jax.checkpoint import read_manifest, validate_step
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.hf.rules import HFEntry, flatten_paths
+from dsv3_jax.hf.rules import HFEntry, flatten_paths, unflatten_paths
 from dsv3_jax.quantization import formats
+from dsv3_jax.quantization.awq import FOLDS
 from dsv3_jax.quantization.choose import choose_formats
 from dsv3_jax.quantization.formats import parse_format
 from dsv3_jax.quantization.leaf import Quantized
@@ -186,11 +187,17 @@ def test_leaves_that_stay_fp8_are_calibrated_with_as_they_are(tmp_path: Path, ca
     np.testing.assert_allclose(kept._moments.sums[EXPERTS], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("rounding", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_a_killed_calibration_goes_on_to_the_same_codes(
-    hf: Path, tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+    hf: Path, tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
 ) -> None:
     """In the middle of a layer whose codes are partly on the disk."""
-    how: Any = {"method": "int8", "kinds": ("attention",), "calibration": calibration}
+    how: Any = {
+        "method": "int8",
+        "kinds": ("attention",),
+        "calibration": calibration,
+        "rounding": rounding,
+    }
     every = stop_after(monkeypatch, 10**6)
     quantize.convert(hf, tmp_path / "whole", **how, calibration_tokens=256)
     with monkeypatch.context() as patch:
@@ -209,6 +216,53 @@ def test_a_killed_calibration_goes_on_to_the_same_codes(
     for file in chunks:
         other = tmp_path / "q" / file.relative_to(tmp_path / "whole")
         assert other.read_bytes() == file.read_bytes(), file.name
+    reports = [(tmp_path / name / "quantization.json").read_text() for name in ("whole", "q")]
+    assert reports[0] == reports[1]
+
+
+def test_awq_folds_scales_without_changing_the_model(
+    hf: Path, tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large scales everywhere: the weights that are rounded are others, the float model's outputs the same."""
+    monkeypatch.setattr("dsv3_jax.quantization.awq.EXPONENTS", (1.0,))
+    made: list[calibrate.Calibrated] = []
+
+    class Kept(calibrate.Calibrated):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(calibrate, "Calibrated", Kept)
+    how: Any = {"method": "int8", "calibration": calibration, "calibration_tokens": 256}
+    quantize.convert(hf, tmp_path / "q", rounding="awq", **how)
+    source, coded = (open_source(tmp_path / name, folders.abstract_variables) for name in ("hf", "q"))
+    exact, rounded = flatten_paths(source.load("float32")), flatten_paths(coded.load("float32"))
+    (calibrated,) = made
+    folded = {path: leaf.copy() for path, leaf in exact.items()}
+    changed = set()
+    for entry in calibrated.in_order(source.entries):
+        before = np.concatenate(list(calibrated.before(entry))).reshape(entry.block_shape)
+        if not np.array_equal(before, folded[entry.path][entry.index]):
+            changed.add(entry.path.split("/", 2)[-1])
+        folded[entry.path][entry.index] = before
+    for one in FOLDS:
+        if any(path.endswith(f"/{one.source}") for path in exact):
+            assert {one.source, *one.readers} & changed, one
+    for path in set(exact) - set(coded.formats):
+        np.testing.assert_array_equal(rounded[path], folded[path])
+
+    cfg = compare._main_model(source.cfg)
+    tokens = np.random.default_rng(1).integers(0, 96, (2, 16)).astype(np.int32)
+    outputs = [compare._log_probabilities(cfg, unflatten_paths(v), tokens) for v in (exact, folded, rounded)]
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
+    assert 1e-5 < np.median(np.abs(outputs[2] - outputs[0])) < 0.2
+
+    report = json.loads((tmp_path / "q" / "quantization.json").read_text())
+    assert report["rounding"] == "awq"
+    for leaf in report["leaves"]:
+        for layer, error in enumerate(leaf["by_layer"]):
+            a, b = folded[leaf["path"]][layer].astype(float), rounded[leaf["path"]][layer].astype(float)
+            assert error == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-6)
 
 
 def test_few_tokens_are_one_short_sequence(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +289,7 @@ def test_a_model_is_like_itself(hf: Path, tmp_path: Path) -> None:
         ({"group_size": 7}, "group-size is 7"),
         ({"skip": ("*nothing*",)}, "matches no leaf"),
         ({"method": "fp8", "calibration": Path("x")}, "calibration"),
+        ({"rounding": "awq"}, "needs --calibration"),
         ({"group_size": 16, "calibration": Path("no such file")}, "no such file"),
     ],
 )
