@@ -24,7 +24,7 @@ class Kernels:
     latent_attention: str = "auto"
     """Absorbed attention over the latent cache."""
     quantized_matmul: str = "auto"
-    """Products with quantised weights, dense and the experts'."""
+    """Products with quantised weights, dense and the experts'; forward and input gradient of FP8 training."""
 
 
 AUTO_KERNELS = Kernels()

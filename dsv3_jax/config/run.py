@@ -113,6 +113,9 @@ class TrainingConfig:
     """Tokens whose logits are held at once."""
     remat: Literal["none", "latents", "full"] = "latents"
     """Recomputation in backward: none keeps all, latents keeps latents and attention output, full layer inputs."""
+    products: Literal["compute", "fp8"] = "compute"
+    """What the products of attention, dense layers, shared and routed experts round their operands to: model.dtype, or
+    e4m3 with scales for 128 numbers (weights 128 x 128), forward and backward, as V3 was trained (report 3.3)."""
     eval_every: int = 0
     """Steps between evaluations on held-out data; 0 evaluates at the end only."""
     eval_batches: int = 8
@@ -382,6 +385,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         parse_kernels(self.kernels)
+        _require(
+            self.training.products == "compute" or self.mesh.tensor == 1,
+            "mesh.tensor",
+            self.mesh.tensor,
+            "1 with training.products = fp8 (a block of 128 must lie on one device)",
+        )
         _require(0 <= self.seed < 2**31, "seed", self.seed, "0 <= seed < 2**31")
         _require(
             self.training.seq_len <= self.model.max_position_embeddings,

@@ -7,6 +7,7 @@ sharding axes (`dsv3_jax.parallel.rules`), its einsum subscripts and its place i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig, shape_of
+from dsv3_jax.kernels.fp8_matmul.linear import grouped_linear, linear
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul as _grouped_matmul
 from dsv3_jax.kernels.grouped_matmul import grouped_swiglu as _grouped_swiglu
 from dsv3_jax.kernels.registry import full_precision
 from dsv3_jax.model.adapted import Adapted
+from dsv3_jax.model.rounding import Rounding
 from dsv3_jax.parallel.leaves import Sharded, enter, leave
 from dsv3_jax.quantization.leaf import Multiplying
 
@@ -58,7 +61,7 @@ def einsum(equation: str, x: Array, weight: Any, *, dtype: Any = None) -> Array:
     The weight is cast to the compute type (`dtype`, by default that of `x`); the sum is float32 inside. A `Sharded`
     weight is gathered for this product alone, again in backward; one that stays cut over an axis gives that part of
     the outputs, or, where the letter it is cut along is summed over, the whole sum. A quantised weight is
-    multiplied as it is stored; a LoRA pair adds two small products.
+    multiplied as it is stored; a LoRA pair adds two small products; a `Rounding` one is multiplied in FP8.
     """
     dtype = dtype or x.dtype
     x = x.astype(dtype)
@@ -68,13 +71,17 @@ def einsum(equation: str, x: Array, weight: Any, *, dtype: Any = None) -> Array:
         return y + einsum(second, einsum(first, x, one) * weight.scale, two)
     if isinstance(weight, Multiplying):
         return _quantized_product(equation, x, weight)
+    product = _product
+    if isinstance(weight, Rounding):
+        product = functools.partial(_fp8_product, implementation=weight.implementation)
+        weight = weight.weight
     if not isinstance(weight, Sharded):
-        return _product(equation, x, weight.astype(dtype))
+        return product(equation, x, weight.astype(dtype))
     letter, axis = weight.cut or ("", "")
     if axis and letter in equation.partition("->")[2]:
         x = enter(x, axis)
     # Without the checkpoint backward would keep the gathered weights of all layers.
-    y = jax.checkpoint(lambda x, weight: _product(equation, x, weight.astype(dtype)))(x, weight)
+    y = jax.checkpoint(lambda x, weight: product(equation, x, weight.astype(dtype)))(x, weight)
     return leave(y, axis) if axis and letter not in equation.partition("->")[2] else y
 
 
@@ -114,6 +121,16 @@ def _product(equation: str, x: Array, weight: Array) -> Array:
     return y.reshape(*x.shape[: len(kept)], *weight.shape[: len(outer)])
 
 
+def _fp8_product(equation: str, x: Array, weight: Array, *, implementation: str) -> Array:
+    letters = _as_matrix(equation)
+    if letters is None:
+        raise ValueError(f"{equation} is no product of two matrices, which FP8 products are")
+    kept, outer, _ = letters
+    K = math.prod(x.shape[len(kept) :])
+    y = linear(x.reshape(-1, K), weight.reshape(-1, K), implementation)
+    return y.reshape(*x.shape[: len(kept)], *weight.shape[: len(outer)])
+
+
 def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementation: str = "auto") -> Array:
     """Rows sorted by expert times their expert's matrix: [N, in] and [E, ..., in] -> [N, prod(...)].
 
@@ -124,6 +141,10 @@ def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
         return y_NF + _grouped_pair(x_ND, weight, group_sizes_E)
     if isinstance(weight, Multiplying):
         return weight.grouped(x_ND, group_sizes_E)
+    if isinstance(weight, Rounding):
+        whole = weight.weight.astype(x_ND.dtype)
+        matrices = whole.reshape(whole.shape[0], -1, whole.shape[-1])
+        return grouped_linear(x_ND, matrices, group_sizes_E, weight.implementation)
     weight = weight.astype(x_ND.dtype)
     matrices = weight.reshape(weight.shape[0], -1, weight.shape[-1])
     return _grouped_matmul(x_ND, matrices, group_sizes_E, implementation=implementation)
@@ -156,7 +177,7 @@ def grouped_swiglu(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
 
     A weight that is cut over an axis gives this device's part of F.
     """
-    if isinstance(weight, (Multiplying, Adapted)):
+    if isinstance(weight, (Multiplying, Adapted, Rounding)):
         both_NF = grouped_matmul(x_ND, weight, group_sizes_E, implementation=implementation)
         gate_NF, up_NF = jnp.split(both_NF, 2, axis=-1)
         return jax.nn.silu(gate_NF) * up_NF

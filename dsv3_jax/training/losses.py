@@ -17,6 +17,7 @@ from jax import lax
 
 from dsv3_jax.config import AUTO_KERNELS, Kernels, ModelConfig, TrainingConfig
 from dsv3_jax.model import Output, Routing, Transformer
+from dsv3_jax.model.rounding import rounding_products
 from dsv3_jax.parallel.dispatch import Dispatch
 from dsv3_jax.parallel.leaves import Sharded
 
@@ -239,12 +240,16 @@ def loss_fn(
       dispatch: how tokens reach experts on other devices; None: all are here.
       mtp_weight: of this step, by default training.mtp_loss_weight.
       kernels: which implementation computes each kernel.
+    Raises:
+      ConfigError: training.products is fp8 and a weight is not plain.
     """
     training = training or TrainingConfig()
     mtp_weight = training.mtp_loss_weight if mtp_weight is None else mtp_weight
     totals = totals if totals is not None else count_totals(batch, cfg)
     model = Transformer(cfg, remat=training.remat, dispatch=dispatch, kernels=kernels)
     main_head, mtp_head = heads(cfg, params)
+    if training.products == "fp8":
+        params = rounding_products(params, kernels.quantized_matmul)
     ce, out = next_token_loss(model, params, router, batch, training.loss_chunk, main_head)
     ce = ce / jnp.maximum(totals.targets, 1.0)
     mtp = jnp.zeros((), jnp.float32)
