@@ -71,8 +71,8 @@ def test_every_rounded_product_is_an_fp8_product(variables, monkeypatch):
 
 
 def test_loss_and_gradients_are_near_those_of_the_compute_type_and_not_equal():
-    """Without routing, where one rounding can send a token to another expert: two layers of width 32, products one after
-    another each off by a few per cent."""
+    """Without routing, where one rounding can send a token to another expert: two layers of width 32, whose products,
+    one after another, are each off by a few per cent."""
     cfg = dataclasses.replace(MODEL, first_k_dense_replace=2)
     variables = init_variables(cfg, jax.random.key(0))
     (loss, grads), (exact_loss, exact) = (
