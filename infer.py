@@ -41,6 +41,7 @@ def main() -> int:
         parse_kernels(flags.kernels),
         flags.speculative,
         flags.quantize,
+        flags.mesh,
     )
     if flags.input is not None and flags.output is not None:
         return run_file(job, flags.input, flags.output)

@@ -71,6 +71,9 @@ class Flags:
     """Pages of the cache; by default what the rows can need, as far as memory allows."""
     speculative: int = 0
     """Tokens that the multi-token module drafts at a time; 0: none. The text is the same, sooner."""
+    mesh: str | None = None
+    """Devices to decode on, all that JAX sees: expert=8, or data=2,expert=4. Experts are cut over `expert`, rows and
+    pages over both; the batch size is rounded up to a multiple of the devices. By default one device."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
     quantize: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import dsv3_jax
 from dsv3_jax.config import AUTO_KERNELS, Kernels
@@ -25,6 +27,7 @@ from dsv3_jax.inference.progress import Progress, summary
 from dsv3_jax.inference.requests import Request, Result
 from dsv3_jax.inference.settings import MOST_DRAFTS, EngineOptions, context_of
 from dsv3_jax.inference.stats import Stats
+from dsv3_jax.parallel.mesh import make_mesh, parse_mesh
 from dsv3_jax.text import StopChecker, StreamDecoder, Tokenizer
 
 _NOT_SHOWN = ("logprobs", "prompt_logprobs")
@@ -45,6 +48,7 @@ class Job:
     kernels: Kernels = AUTO_KERNELS
     speculative: int = 0
     quantize: str | None = None
+    mesh: str | None = None
 
     def __post_init__(self) -> None:
         check(self.sampling, ConfigError, "--", dash=True)
@@ -55,6 +59,14 @@ class Job:
             raise ConfigError(f"--pages is {self.pages}; expected 2 or more")
         if not 0 <= self.speculative <= MOST_DRAFTS:
             raise ConfigError(f"--speculative is {self.speculative}; expected 0 to {MOST_DRAFTS}")
+        _ = self.devices  # a mesh that cannot be is told before anything is read
+
+    @functools.cached_property
+    def devices(self) -> Mesh | None:
+        """The mesh of `--mesh`; None for one device."""
+        if self.mesh is None:
+            return None
+        return make_mesh(parse_mesh(self.mesh))
 
     def open(self) -> OpenedModel:
         """The model, without its weights; notes go to stderr."""
@@ -74,8 +86,9 @@ class Job:
         samplings = [request.sampling for request in requests]
         counts = [n for s in samplings for n in (s.logprobs, s.prompt_logprobs) if n is not None]
         longest = max(len(request.ids) + request.sampling.max_new_tokens for request in requests)
+        devices = 1 if self.devices is None else self.devices.size
         options = EngineOptions(
-            rows=self.batch_size,
+            rows=-(-self.batch_size // devices) * devices,
             page_size=self.page_size,
             pages=self.pages,
             context=context_of(longest, model.cfg),
@@ -86,7 +99,12 @@ class Job:
         )
         weights = model.load()
         return Engine(
-            model.cfg, weights, options=options, eos_ids=model.eos_ids, vocab_limit=model.vocab_limit
+            model.cfg,
+            weights,
+            options=options,
+            eos_ids=model.eos_ids,
+            vocab_limit=model.vocab_limit,
+            mesh=self.devices,
         )
 
 
@@ -250,6 +268,7 @@ def _fingerprint(job: Job, model: OpenedModel, source: Path) -> dict[str, Any]:
             "stop_token_ids": list(job.sampling.stop_token_ids),
             "logit_bias": [list(pair) for pair in job.sampling.logit_bias],
             "batch_size": job.batch_size,
+            "mesh": job.mesh,
             "speculative": job.speculative,
             "page_size": job.page_size,
             "dtype": model.cfg.dtype,

@@ -48,14 +48,17 @@ class _Record:
 
     Attributes:
       prompt_logprobs: so far; None if not asked for, or delivered.
-      admitted: when it was first planned; 0 before.
+      submitted, admitted: when it came, and when it was first planned; 0 before.
+      timed: whether both were told.
       mask_W: what the guide allows next; None without one.
     """
 
     request: Request
     sequence: Sequence
     prompt_logprobs: list[Entry | None] | None
+    submitted: float = 0.0
     admitted: float = 0.0
+    timed: bool = False
     mask_W: np.ndarray | None = None
 
 
@@ -198,7 +201,7 @@ class Engine:
             # A guide must see a token before it can say what may follow.
             one_by_one=request.stream or request.guide is not None,
         )
-        record = _Record(request, sequence, [None] * len(ids) if scored else None)
+        record = _Record(request, sequence, [None] * len(ids) if scored else None, time.perf_counter())
         if request.guide is not None:
             record.mask_W = request.guide.mask()
         self._records[ticket] = record
@@ -389,12 +392,19 @@ class Engine:
         prompt_logprobs, record.prompt_logprobs = record.prompt_logprobs, None
         if prompt_logprobs is not None:
             record.sequence.find_prefix = True  # they need not be computed again
+        queue_seconds = prefill_seconds = None
+        if not record.timed:
+            record.timed = True
+            queue_seconds = record.admitted - record.submitted
+            prefill_seconds = time.perf_counter() - record.admitted
         return Update(
             record.sequence.ticket,
             new,
             logprobs,
             prompt_logprobs,
             cached_tokens=max(record.sequence.cached, 0),
+            queue_seconds=queue_seconds,
+            prefill_seconds=prefill_seconds,
         )
 
     def _end(

@@ -58,6 +58,8 @@ class Update:
       finish_reason: None while it goes on; "stop", "length", "error" or "cancelled".
       error: the reason for "error".
       cached_tokens: prompt tokens that the prefix cache saved.
+      queue_seconds, prefill_seconds: from submission to the first step that took it up (compiling included, where
+        the engine is not warm), and from there to this update; once, with the first tokens (or the end, if it comes before any); else None.
     """
 
     ticket: int
@@ -67,6 +69,8 @@ class Update:
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

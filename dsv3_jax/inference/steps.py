@@ -133,7 +133,9 @@ def prompt_layer(
       positions_BT: position of each token in its prompt, negative for padding.
       tables_BM: pages of each tile's prompt.
     """
-    return _layer(cfg, kind, sizes, x_BTD, memory, variables, _context(cfg, positions_BT), tables_BM, layer)
+    return _layer(
+        cfg, kind, sizes, x_BTD, memory, variables, prompt_context(cfg, positions_BT), tables_BM, layer
+    )
 
 
 def prompt_end(
@@ -371,7 +373,7 @@ def forward(
     tables_BM: Array,
 ) -> tuple[Array, Memory]:
     """Hidden states [B, T, D] after the final norm of new tokens over the pages; positions negative for padding."""
-    x_BTD, ctx = embed(cfg, weights.top, tokens_BT), _context(cfg, positions_BT)
+    x_BTD, ctx = embed(cfg, weights.top, tokens_BT), prompt_context(cfg, positions_BT)
     for layer, (kind, variables) in enumerate(zip(kinds(cfg), weights.layers, strict=True)):
         at = jnp.int32(layer)
         x_BTD, memory = _layer(cfg, kind, sizes, x_BTD, memory, variables, ctx, tables_BM, at)
@@ -401,7 +403,8 @@ def _layer(
     return x_BTD, memory
 
 
-def _context(cfg: ModelConfig, positions_BT: Array) -> Context:
+def prompt_context(cfg: ModelConfig, positions_BT: Array) -> Context:
+    """What the layers of one call share; positions negative for padding."""
     return Context(rope_tables(cfg, positions_BT), positions_BT, None, positions_BT >= 0)
 
 

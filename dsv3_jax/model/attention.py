@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,6 +24,7 @@ from dsv3_jax.kernels.mla_decode import (
     write_cache,
     write_pages,
 )
+from dsv3_jax.kernels.registry import full_precision
 from dsv3_jax.model.cache import Cache, PagedCache
 from dsv3_jax.model.indexer import Indexer, select, select_scored
 from dsv3_jax.model.module import Array, Module, einsum, part
@@ -189,11 +191,26 @@ class Attention(Module):
     def _absorb(self, q_nope: Array, q_rope: Array, kv_b_HWC: Array) -> Array:
         """Queries against the latent itself: the key up-projection folded in, then the rotated part."""
         key_HNC = part(kv_b_HWC, 1, 0, self.cfg.qk_nope_head_dim)
-        return jnp.concatenate([einsum("BTHN,HNC->BTHC", q_nope, key_HNC), q_rope], axis=-1)
+        return jnp.concatenate([_by_head(q_nope, key_HNC, summed=1), q_rope], axis=-1)
 
     def _values(self, y_BTHC: Array, kv_b_HWC: Array) -> Array:
         N = self.cfg.qk_nope_head_dim
-        return einsum("BTHC,HUC->BTHU", y_BTHC, part(kv_b_HWC, 1, N, N + self.cfg.v_head_dim))
+        return _by_head(y_BTHC, part(kv_b_HWC, 1, N, N + self.cfg.v_head_dim), summed=2)
+
+
+def _by_head(x_BTHK: Array, weight: Array, *, summed: int) -> Array:
+    """Each head's vectors [B, T, H, in] times its own matrix, whose axis `summed` is summed over: [B, T, H, out].
+
+    Heads first, and x on the left: given the einsum, XLA:CPU puts the weight there, and copies x transposed to it one
+    number at a time.
+    """
+    y_HnK = jax.lax.dot_general(
+        einops.rearrange(x_BTHK, "b t h k -> h (b t) k"),
+        weight.astype(x_BTHK.dtype),
+        (((2,), (summed,)), ((0,), (0,))),
+        precision=full_precision(x_BTHK.dtype),
+    )
+    return einops.rearrange(y_HnK, "h (b t) k -> b t h k", t=x_BTHK.shape[1])
 
 
 def _write(

@@ -19,6 +19,8 @@ MESH_AXES = (
 )  # "context" and "pipeline" have rows in the tables, but no mesh yet
 # Tokens are split over these. Attention is data-parallel over the expert axis (V3 report, section 3.2).
 BATCH_AXES = ("data", "fsdp", "expert")
+DECODE_AXES = ("data", "expert")
+"""What decoding can be told: it cuts no dense weight, so that `fsdp` would be another name for `data`."""
 
 
 def mesh_shape(cfg: MeshConfig, devices: int) -> dict[str, int]:
@@ -33,6 +35,30 @@ def mesh_shape(cfg: MeshConfig, devices: int) -> dict[str, int]:
         told = " x ".join(f"{axis} {axes[axis]}" for axis in MESH_AXES)
         raise ConfigError(f"mesh: {told} = {total} devices; expected {devices}, as there are")
     return {axis: axes[axis] for axis in MESH_AXES}
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """`expert=8`, or `data=2,expert=4`: devices along axes as in the section `mesh` of a config, for decoding.
+
+    Raises ConfigError naming the part.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equals, number = part.partition("=")
+        if (
+            axis not in DECODE_AXES
+            or not equals
+            or not (number.isascii() and number.isdecimal())
+            or number == "0"
+        ):
+            raise ConfigError(
+                f"mesh: {part!r} in {text!r}; expected AXIS=DEVICES, AXIS one of {', '.join(DECODE_AXES)}, "
+                "such as expert=8 or data=2,expert=4"
+            )
+        if axis in axes:
+            raise ConfigError(f"mesh: {axis} is given twice in {text!r}")
+        axes[axis] = int(number)
+    return MeshConfig(**{"fsdp": 1, **axes})
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -47,6 +47,9 @@ class Flags:
     """Keep prompts' pages for later prompts that begin alike."""
     speculative: int = 0
     """Tokens that the multi-token module drafts at a time; 0: none. The text is the same, sooner."""
+    mesh: str | None = None
+    """Devices to decode on, all that JAX sees: expert=8, or data=2,expert=4; rows and pages, if given, must be
+    multiples of their number. By default one device."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; float32 on the CPU, bfloat16 on a GPU."""
     quantize: str | None = None
@@ -109,6 +112,7 @@ def main() -> int:
     from dsv3_jax.inference.guides import Guides
     from dsv3_jax.inference.load import open_model
     from dsv3_jax.inference.settings import EngineOptions
+    from dsv3_jax.parallel.mesh import make_mesh, parse_mesh
     from dsv3_jax.serving.chat import ChatTemplate
     from dsv3_jax.serving.command import serve
     from dsv3_jax.serving.filter import load_filter
@@ -122,6 +126,7 @@ def main() -> int:
         **{name: getattr(flags, name) for name in sizes if name != "kernels"},
         kernels=parse_kernels(flags.kernels),
     )
+    mesh = None if flags.mesh is None else make_mesh(parse_mesh(flags.mesh))
     content_filter = None if flags.content_filter is None else load_filter(flags.content_filter)
     opened = open_model(flags.checkpoint, flags.dtype, flags.quantize, multi_token=flags.speculative > 0)
     for note in opened.notes:
@@ -137,7 +142,12 @@ def main() -> int:
 
     def make_engine() -> Engine:
         return Engine(
-            opened.cfg, opened.load(), options=options, eos_ids=opened.eos_ids, vocab_limit=opened.vocab_limit
+            opened.cfg,
+            opened.load(),
+            options=options,
+            eos_ids=opened.eos_ids,
+            vocab_limit=opened.vocab_limit,
+            mesh=mesh,
         )
 
     context = min(flags.context or opened.cfg.max_position_embeddings, opened.cfg.max_position_embeddings)

@@ -50,6 +50,7 @@ class Choice:
         self.finish_reason: str | None = None
         self._news = News()
         self._owner: Generation | None = None
+        self._first: float | None = None
         self._last: float | None = None
 
     def bind(self, owner: Generation) -> None:
@@ -90,6 +91,9 @@ class Choice:
         if update.prompt_logprobs is not None:
             self.prompt_logprobs = update.prompt_logprobs
         self.cached_tokens = max(self.cached_tokens, update.cached_tokens or 0)
+        if update.queue_seconds is not None and update.prefill_seconds is not None:
+            self.owner.metrics.queue.observe(update.queue_seconds)
+            self.owner.metrics.prefill.observe(update.prefill_seconds)
         before = self.text.consumed
         deltas = self.text.push(update.token_ids)
         kept = self.text.consumed - before
@@ -114,7 +118,11 @@ class Choice:
         """Close the text; `reason` stands unless the text itself has a stronger one."""
         self._news.deltas += self.text.finish()
         self.finish_reason = self.text.final_reason(reason)
-        self.owner.metrics.finished.labels(self.finish_reason).inc()
+        now, metrics = time.monotonic(), self.owner.metrics
+        metrics.finished.labels(self.finish_reason).inc()
+        metrics.whole.observe(now - self.owner.began)
+        if self._first is not None:
+            metrics.decode.observe(now - self._first)
 
     def _time(self, new: int) -> None:
         if not new:
@@ -122,6 +130,7 @@ class Choice:
         now, metrics = time.monotonic(), self.owner.metrics
         metrics.new_tokens.inc(new)
         if self._last is None:
+            self._first = now
             metrics.first_token.observe(now - self.owner.began)
         else:
             for _ in range(new):

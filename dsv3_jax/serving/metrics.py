@@ -59,6 +59,15 @@ class Metrics:
         self.inter_token = Histogram(
             "dsv3_inter_token_seconds", "Between tokens of a sequence.", buckets=_SECONDS, registry=registry
         )
+        self.queue, self.prefill, self.decode, self.whole = (
+            Histogram(f"dsv3_{name}_seconds", told, buckets=_SECONDS, registry=registry)
+            for name, told in (
+                ("request_queue_time", "From submission to the engine to its first step on a sequence."),
+                ("request_prefill_time", "From there to the first new token."),
+                ("request_decode_time", "From the first new token to the end of a sequence."),
+                ("e2e_request_latency", "From a request's header to the end of a sequence."),
+            )
+        )
         self.prompt_tokens = Counter("dsv3_prompt_tokens", "Prompt tokens accepted.", registry=registry)
         self.new_tokens = Counter("dsv3_generated_tokens", "New tokens.", registry=registry)
         self.finished = Counter(

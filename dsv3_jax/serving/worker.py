@@ -23,6 +23,8 @@ class Update(Protocol):
     finish_reason: str | None
     error: str | None
     cached_tokens: int
+    queue_seconds: float | None
+    prefill_seconds: float | None
 
 
 class EngineLike(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import time
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.errors import DataError
-from dsv3_jax.inference import Engine, EngineOptions, Request, Sampling, steps
+from dsv3_jax.inference import Engine, EngineOptions, Request, Sampling, Update, steps
 from dsv3_jax.inference.progress import summary
 from dsv3_jax.inference.weights import unstack_layers
 from dsv3_jax.model import Cache, PagedCache, Transformer, init_variables, make_cache, make_pages
@@ -337,6 +338,25 @@ def test_many_short_prompts_do_not_wait_for_a_long_one(engine: Engine) -> None:
     assert sorted(first) == short and long not in first
     while not engine.idle:
         engine.step()
+
+
+def test_the_first_tokens_come_with_what_they_waited_for(engine: Engine) -> None:
+    engine.warm()
+    began = time.perf_counter()
+    tickets = [engine.submit(Request(tiny.prompt(20, at), Sampling(max_new_tokens=3))) for at in range(9)]
+    updates: dict[int, list[Update]] = {ticket: [] for ticket in tickets}
+    while not engine.idle:
+        for update in engine.step():
+            updates[update.ticket].append(update)
+    took = time.perf_counter() - began
+    for first, *rest in updates.values():
+        assert first.queue_seconds is not None and first.prefill_seconds is not None
+        assert first.queue_seconds >= 0 < first.prefill_seconds
+        assert first.queue_seconds + first.prefill_seconds <= took
+        assert all(update.queue_seconds is update.prefill_seconds is None for update in rest)
+    assert engine.options.rows < len(tickets), "the last one must have waited for a row"
+    queued = [one[0].queue_seconds or 0.0 for one in updates.values()]
+    assert queued[-1] > 2 * queued[0]
 
 
 def test_cancelled_pages_are_back_at_once(engine: Engine) -> None:

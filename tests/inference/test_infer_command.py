@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import infer
 from convert import to_hf
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.inference import Engine
+from dsv3_jax.inference.batch import Job
 from tests.inference import tiny
 
 REPO = Path(__file__).resolve().parents[2]
@@ -65,6 +68,14 @@ def test_flags_that_cannot_be_read_exit_2_with_the_nearest(
         (["--checkpoint", "d", "--prompt", "x", "--seed", "-1"], "--seed is '-1'"),
         (["--checkpoint", "d", "--prompt", "x", "--kernels", "fast"], "kernels: 'fast'"),
         (["--checkpoint", "/nowhere", "--prompt", "None"], "/nowhere: no such folder"),
+        (["--checkpoint", "d", "--prompt", "x", "--mesh", "tensor=8"], "mesh: 'tensor=8' in 'tensor=8'"),
+        (["--checkpoint", "d", "--prompt", "x", "--mesh", "expert"], "expected AXIS=DEVICES"),
+        (["--checkpoint", "d", "--prompt", "x", "--mesh", "expert=0"], "mesh: 'expert=0'"),
+        (["--checkpoint", "d", "--prompt", "x", "--mesh", "data=2,data=4"], "data is given twice"),
+        (
+            ["--checkpoint", "d", "--prompt", "x", "--mesh", "expert=3"],
+            "= 3 devices; expected 8, as there are",
+        ),
     ],
 )
 def test_flags_that_make_no_sense_are_named(
@@ -74,6 +85,31 @@ def test_flags_that_make_no_sense_are_named(
     with pytest.raises(ConfigError) as caught:
         infer.main()
     assert message in str(caught.value)
+
+
+def test_eight_devices_write_what_one_writes(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"prompt": "p" * (1 + 7 * at)}) + "\n" for at in range(5)))
+    flags = ["infer.py", "--checkpoint", str(checkpoint), "--input", str(source), "--max-new-tokens", "6"]
+    sizes: list[int] = []
+    engine = Job.engine
+
+    def noted(job: Job, *args: Any) -> Engine:
+        made = engine(job, *args)
+        sizes.append(made.options.rows)
+        return made
+
+    monkeypatch.setattr(Job, "engine", noted)
+    for name, more in (
+        ("one", ["--batch-size", "5"]),
+        ("eight", ["--batch-size", "5", "--mesh", "data=2,expert=4"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [*flags, *more, "--output", str(tmp_path / name)])
+        assert infer.main() == 0
+    assert sizes == [5, 8]
+    assert (tmp_path / "eight").read_text() == (tmp_path / "one").read_text()
 
 
 def test_a_killed_job_goes_on_and_gives_the_same_file(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dsv3_jax.kernels.mla_decode import latent_attention, write_cache
+from dsv3_jax.kernels.mla_decode import latent_attention, reference, write_cache
 from dsv3_jax.kernels.mla_decode.shapes import SHAPES
 
 BLOCK = 32
 run = jax.jit(functools.partial(latent_attention, value_dim=16, scale=0.3, block=BLOCK))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiles_of_128_rows():
+    """Tiles of 16 tokens at 8 heads, so that "chunk" has several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "QUERY_ROWS", 128)
+        yield
 
 
 def random_case(name, seed=0):

@@ -15,6 +15,7 @@ from dsv3_jax.kernels.mla_decode import (
     paged_index_scores,
     paged_latent_attention,
     paged_reference,
+    reference,
     write_pages,
 )
 from dsv3_jax.kernels.mla_decode.shapes import PAGED_SHAPES
@@ -29,6 +30,14 @@ together = jax.jit(
 )
 contiguous = jax.jit(functools.partial(latent_attention, **VALUES, block=BLOCK))
 jitted_write = jax.jit(write_pages)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiles_of_128_rows():
+    """Tiles of 16 tokens at 8 heads, so that "chunk" has several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "QUERY_ROWS", 128)
+        yield
 
 
 def random_case(name, seed=0):
@@ -125,7 +134,7 @@ def test_tiles_of_one_sequence_in_several_rows_equal_the_sequence_in_one():
     q, _, pages, tables, _ = random_case("chunk")  # T = 50 in tiles of 16 tokens
     positions = np.stack([np.arange(20, 70), np.full(50, -1)]).astype(np.int32)
     want = np.asarray(run(q, pages, tables, positions))
-    tile = 128 // 8
+    tile = reference.QUERY_ROWS // 8
     queries, where = np.zeros((4, tile, *q.shape[2:]), np.float32), np.full((4, tile), -1, np.int32)
     for i in range(4):
         part = q[0, i * tile : (i + 1) * tile]

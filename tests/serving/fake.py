@@ -38,6 +38,8 @@ class Update:
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
 
 
 def entry(index: int, count: int) -> dict[str, Any]:
@@ -149,6 +151,8 @@ class FakeEngine:
         if produced == 0 and sampling.prompt_logprobs is not None:
             rest = [entry(int(index), sampling.prompt_logprobs) for index in request.ids[1:]]
             update.prompt_logprobs = [None, *rest]
+        if produced == 0:
+            update.queue_seconds, update.prefill_seconds = 0.25, 0.5
         if produced < sampling.max_new_tokens and produced < len(answer):
             update.token_ids = [answer[produced]]
             if sampling.logprobs is not None:

@@ -212,6 +212,15 @@ def test_metrics_tell_what_happened(server: fake.Process) -> None:
     assert float(numbers['dsv3_http_requests_total{method="POST",route="/generate",status="200"}']) >= 1
     assert float(numbers["dsv3_time_to_first_token_seconds_count"]) >= 1
     assert float(numbers["dsv3_inter_token_seconds_count"]) >= 2
+    ends = sum(float(value) for name, value in numbers.items() if name.startswith("dsv3_finished_total"))
+    assert float(numbers["dsv3_e2e_request_latency_seconds_count"]) == ends
+    waits = [float(numbers[f"dsv3_request_{name}_time_seconds_sum"]) for name in ("queue", "prefill")]
+    assert waits[1] == 2 * waits[0] > 0, "the fake engine says 0.25 and 0.5"
+    first = float(numbers["dsv3_time_to_first_token_seconds_sum"])
+    decode = float(numbers["dsv3_request_decode_time_seconds_sum"])
+    assert first + decode == pytest.approx(
+        float(numbers["dsv3_e2e_request_latency_seconds_sum"]), abs=1e-3 * ends
+    )
     assert float(numbers["dsv3_acceptance"]) == 0.7
     assert float(numbers["dsv3_pages_total"]) == 64 and float(numbers["dsv3_rows"]) == 4
     assert (

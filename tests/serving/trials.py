@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from tests.serving import corpus, fake
+from tests.serving import corpus, crowd, fake
 from tests.serving.inside import events
 
 Result = dict[str, Any]
@@ -26,6 +26,30 @@ def gauges(server: fake.Process, http: httpx.Client | None = None) -> dict[str, 
     page = (http or httpx).get(f"{server.url}/metrics", timeout=30).text
     rows = [line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("dsv3_") and "{" not in line]
     return {name.removeprefix("dsv3_"): float(value) for name, value in rows}
+
+
+STAGES = {
+    "queue": "request_queue_time_seconds",
+    "prefill": "request_prefill_time_seconds",
+    "first token": "time_to_first_token_seconds",
+    "decode": "request_decode_time_seconds",
+    "sequence": "e2e_request_latency_seconds",
+    "between tokens": "inter_token_seconds",
+}
+
+
+def stages(server: fake.Process) -> dict[str, dict[str, float]]:
+    """Of all sequences since the start, by the server's histograms: the mean, and the bounds that 50 and 99 % keep."""
+    page = httpx.get(f"{server.url}/metrics", timeout=30).text
+    rows = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("dsv3_"))
+    found = {}
+    for stage, name in STAGES.items():
+        count = float(rows[f"dsv3_{name}_count"])
+        head = f'dsv3_{name}_bucket{{le="'
+        buckets = [(key[len(head) : -2], float(value)) for key, value in rows.items() if key.startswith(head)]
+        bounds = {f"p{p}": next(float(le) for le, n in buckets if n >= count * p / 100) for p in (50, 99)}
+        found[stage] = {"mean": round(float(rows[f"dsv3_{name}_sum"]) / max(count, 1), 3), **bounds}
+    return found
 
 
 def seconds_until_idle(server: fake.Process, patience: float = 10.0) -> float:
@@ -135,41 +159,42 @@ def load_trial(server: fake.Process, model: str, clients: int, seconds: float, s
     known: dict[Question, tuple[str, str]] = {}
     counts, wrong, latencies = Counter[str](), [], []
 
-    async def client(number: int, http: httpx.AsyncClient, end: float) -> None:
-        rng = random.Random(seed * 1000 + number)
+    async def client(number: int, end: float) -> None:
+        rng, http = random.Random(seed * 1000 + number), crowd.Client(server.host, server.port)
         while time.monotonic() < end:
             question = rng.choice(asked)
             path, body = question.request(model)
             began = time.monotonic()
             counts["sent"] += 1
             try:
-                response = await http.post(server.url + path, json=body)
-            except httpx.HTTPError as error:
+                status, data = await asyncio.wait_for(http.post(path, body), 60)
+            except (OSError, EOFError, ValueError) as error:
                 counts["lost"] += 1
                 wrong.append(f"{type(error).__name__}: {error}"[:200])
+                http.close()
                 continue
-            if response.status_code == 429:
+            if status == 429:
                 counts["refused_429"] += 1
                 await asyncio.sleep(0.1)
                 continue
-            if response.status_code != 200:
-                wrong.append(f"{response.status_code}: {response.text[:200]}")
+            if status != 200:
+                wrong.append(f"{status}: {data[:200]!r}")
                 continue
             counts["answered"] += 1
             latencies.append(time.monotonic() - began)
-            answer = question.answer(response.content)
+            answer = question.answer(data)
             if known.setdefault(question, answer) != answer:
                 wrong.append(f"{question}: {answer} after {known[question]}")
+        http.close()
 
-    async def crowd() -> None:
-        limits = httpx.Limits(max_connections=clients)
-        async with httpx.AsyncClient(timeout=60, limits=limits) as http:
-            end = time.monotonic() + seconds
-            await asyncio.gather(*(client(number, http, end) for number in range(clients)))
+    async def ask() -> None:
+        end = time.monotonic() + seconds
+        await asyncio.gather(*(client(number, end) for number in range(clients)))
 
     before = server.rss()
-    began = time.monotonic()
-    asyncio.run(crowd())
+    began, own = time.monotonic(), time.process_time()
+    asyncio.run(ask())
+    own = time.process_time() - own
     wall = time.monotonic() - began
     latencies.sort()
     return {
@@ -180,8 +205,12 @@ def load_trial(server: fake.Process, model: str, clients: int, seconds: float, s
         "requests_per_second": round(counts["answered"] / wall, 1),
         "latency_seconds": {
             "median": round(latencies[len(latencies) // 2], 3),
+            "mean": round(sum(latencies) / len(latencies), 3),
             "p99": round(latencies[int(len(latencies) * 0.99)], 3),
+            "max": round(latencies[-1], 3),
         },
+        "clients_cpu_seconds": round(own, 2),
+        "stages": stages(server),
         "growth_mib": max(server.rss() - before, 0) >> 20,
         "seconds_until_idle": round(seconds_until_idle(server), 3),
         "wrong": wrong[:20],

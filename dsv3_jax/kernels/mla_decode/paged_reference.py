@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsv3_jax.kernels.mla_decode import reference
 from dsv3_jax.kernels.mla_decode.int8_pages import Int8Pages, quantize, read_page
-from dsv3_jax.kernels.mla_decode.reference import QUERY_ROWS, attend_block, attended, nothing_attended
+from dsv3_jax.kernels.mla_decode.reference import attend_block, attended, nothing_attended
 
 
 def latent_attention(
@@ -35,7 +36,7 @@ def latent_attention(
     B, T, H, J = q_BTHJ.shape
     P = pages_NPJ.shape[1]
     dtype = jnp.promote_types(q_BTHJ.dtype, pages_NPJ.dtype)
-    tile = min(T, max(1, QUERY_ROWS // H))
+    tile = min(T, max(1, reference.QUERY_ROWS // H))
     tiles = -(-T // tile)
     extra = tiles * tile - T
     # m: rows of a tile, its tokens times the heads: all of them attend to the same vectors.
