@@ -59,7 +59,8 @@ class Update:
       error: the reason for "error".
       cached_tokens: prompt tokens that the prefix cache saved.
       queue_seconds, prefill_seconds: from submission to the first step that took it up (compiling included, where
-        the engine is not warm), and from there to this update; once, with the first tokens (or the end, if it comes before any); else None.
+        the engine is not warm), and from there to this update; once, with the first tokens (or the end, if it
+        comes before any); else None.
     """
 
     ticket: int
