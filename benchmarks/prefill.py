@@ -1,6 +1,6 @@
 """Where a prompt's time goes on the CPU: `python -m benchmarks.prefill` (needs the extra `parity`).
 
-4 prompts of 512 tokens in one call of the engine, the same through the plain model (expanded attention, no pages) and
+4 prompts of 512 tokens in the engine, a call each, the same through the plain model (expanded attention, no pages) and
 through transformers, in turn; then one layer of the engine in parts. Each time is given by the clock and in CPU seconds
 of this process, which say more on a machine that others use. Model, shapes and threads: `benchmarks.cpu`.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import environment, paired_ratio, write
-from benchmarks.cpu import PREFILL_SHAPE, SHAPE, THREADS, TILE, Ours, Theirs, make_model
+from benchmarks.cpu import CALL, PREFILL_SHAPE, SHAPE, THREADS, TILE, Ours, Theirs, make_model
 from dsv3_jax.inference import Engine, EngineOptions, Request, Sampling
 from dsv3_jax.inference.steps import prompt_context
 from dsv3_jax.kernels.mla_decode import paged_latent_attention, write_pages
@@ -62,7 +62,7 @@ def sub(variables: dict[str, Any], *path: str) -> dict[str, Any]:
 def parts(ours: Ours) -> dict[str, Run]:
     """The last layer of the engine in parts, on the shapes of its prefill call."""
     cfg, rng = ours.cfg, np.random.default_rng(0)
-    B, T = PREFILL_SHAPE
+    B, T = 1, CALL * TILE
     tiles, pages = B * T // TILE, B * T // TILE + 1
     positions_BT = jnp.asarray(np.tile(np.arange(T, dtype=np.int32).reshape(-1, TILE), (B, 1)))
     tables_BM = jnp.asarray(np.repeat(np.arange(1, pages).reshape(B, -1), T // TILE, axis=0), jnp.int32)
