@@ -42,6 +42,7 @@ def main() -> int:
         flags.speculative,
         flags.quantize,
         flags.mesh,
+        flags.adapter,
     )
     if flags.input is not None and flags.output is not None:
         return run_file(job, flags.input, flags.output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dsv3_jax.config import (
     from_mapping,
     load_yaml,
     nearest,
+    to_mapping,
 )
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.hf.any_config import load_model_config
@@ -27,18 +28,27 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 USAGE = "python train.py --config FILE [--run.dir DIR] [--launch local:N] [--section.key VALUE ...]"
 
 
-def load_run_config(path: str | Path) -> RunConfig:
+def load_run_config(path: str | Path, lora_base: str | None = None) -> RunConfig:
     """A RunConfig from a run's YAML; or the defaults with the model of anything that holds a model's config.
 
     Such a thing is a Hugging Face config.json or folder, a native checkpoint, or a YAML of the model's keys alone.
-    A YAML file without a `run.name` gives the run its own name. Raises ConfigError naming file and key.
+    A YAML file without a `run.name` gives the run its own name. With a `lora.base` in the file, or given, the model is
+    the base's, and keys of the file's `model` add to it. Raises ConfigError naming file and key.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix == ".json" or "model" not in (data := load_yaml(path)):
+    data = {} if path.is_dir() or path.suffix == ".json" else load_yaml(path)
+    if "model" not in data and _base_of(data) is None and not (data and lora_base):
         model, _ = load_model_config(path)
         name = path.stem if path.is_dir() or path.suffix != ".json" else path.absolute().parent.name
         training = TrainingConfig(seq_len=min(TrainingConfig().seq_len, model.max_position_embeddings))
         return RunConfig(model=model, run=RunSection(name=name), training=training)
+    base = lora_base or _base_of(data)
+    if base is not None:  # the model is the base's; the file's keys add to it
+        model, _ = load_model_config(base)
+        data = {**data, "model": {**to_mapping(model), **(data.get("model") or {})}}
+        lora = data.get("lora")
+        if isinstance(lora, dict) and lora.get("rank"):
+            data["lora"] = {**lora, "base": base}
     run = data.get("run") or {}
     try:
         named = {"name": path.stem, **run} if isinstance(run, dict) else run
@@ -50,14 +60,16 @@ def load_run_config(path: str | Path) -> RunConfig:
 def parse_run_config(arguments: Sequence[str]) -> RunConfig:
     """The run's config from command-line arguments; flags override the file.
 
-    Without --config, that of an existing --run.dir is used, else the model of --init.checkpoint.
+    Without --config, that of an existing --run.dir is used, else the model of --init.checkpoint or --lora.base.
     Raises ConfigError (exit 2) naming the flag; prints the help and exits 0 for --help.
     """
     arguments = list(arguments)
     help_asked = any(argument in ("-h", "--help") for argument in arguments)
     path, rest = _take(arguments, "--config")
+    base = _take(rest, "--lora.base")[0]
     if path is None:
-        folder, init = _take(rest, "--run.dir")[0], _take(rest, "--init.checkpoint")[0]
+        folder = _take(rest, "--run.dir")[0]
+        init = _take(rest, "--init.checkpoint")[0] or base
         run_config = None if folder is None else Path(folder) / "config.yaml"
         if run_config is not None and run_config.is_file():
             path = str(run_config)
@@ -65,7 +77,7 @@ def parse_run_config(arguments: Sequence[str]) -> RunConfig:
             path = init
         elif not help_asked:
             raise ConfigError(f"--config is missing. Usage: {USAGE}")
-    default = RunConfig() if path is None else load_run_config(path)
+    default = RunConfig() if path is None else load_run_config(path, base)
     return tyro.cli(
         RunConfig,
         prog="train.py --config FILE",
@@ -106,6 +118,13 @@ def parse_mixture(text: str) -> tuple[MixtureSource, ...]:
             )
             raise ConfigError(f"--data.mixture: {part!r}: {told}") from None
     return tuple(parts)
+
+
+def _base_of(data: Mapping[str, Any]) -> str | None:
+    """`lora.base` of a run's YAML."""
+    lora = data.get("lora")
+    base = lora.get("base") if isinstance(lora, Mapping) else None
+    return base if isinstance(base, str) else None
 
 
 def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:

@@ -38,6 +38,8 @@ class Flags:
 
     checkpoint: Path | None = None
     """Native checkpoint, run folder (its newest step), or Hugging Face folder; required."""
+    adapter: Path | None = None
+    """LoRA pairs to decode with: a LoRA run (its newest step), an adapter of ours, or a PEFT folder."""
     input: Path | None = None
     """.txt (a prompt a line), or .jsonl with prompt, prompt_token_ids or messages, optional id and the options
     below as keys of a line."""

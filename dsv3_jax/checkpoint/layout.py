@@ -5,6 +5,7 @@
     weights/          one Orbax checkpoint of {"params", "router"}
     optimizer/        one Orbax checkpoint (training only)
     train_state.json  step, data position, RNG (training only)
+    lora.json         of an adapter alone, whose weights/ holds pairs (a_OA, b_HQO) instead of weights
     tokenizer/  hf/   files that travel: tokenizer; config.json as it came, generation_config.json, ...
 
 Leaves are zarr 3 arrays without compression, a chunk being one Hugging Face tensor. Such a chunk is a file of
@@ -31,6 +32,7 @@ OPTIMIZER = "optimizer"
 TRAIN_STATE = "train_state.json"
 TOKENIZER = "tokenizer"
 HF = "hf"
+LORA = "lora.json"  # of an adapter: its rank, scale and leaves, and which base it belongs to
 CHECKPOINTS = "checkpoints"
 RUN_CONFIG = "config.yaml"
 ORBAX_ITEM = "state"  # the folder that Orbax's v1 API gives a pytree

@@ -29,7 +29,7 @@ class Manifest:
     """The content of manifest.json.
 
     Attributes:
-      kind: "weights" or "training".
+      kind: "weights", "training" or "adapter" (pairs, and training's state if there is any).
       step: the training step, if there is one.
       files: relative path -> {"size", "sha256"} of every file but the manifest.
       tree: leaf path of the weights -> {"shape", "dtype"}.

@@ -57,6 +57,7 @@ def snapshot_checkpoint(
     hf_dir: Path | str | None = None,
     hf_dtypes: Mapping[str, Mapping[str, str]] | None = None,
     aliases: Mapping[str, str] | None = None,
+    adapter: Mapping[str, Any] | None = None,
     copy: bool = True,
 ) -> CheckpointSnapshot:
     """Everything that a checkpoint will hold. With several processes all call it at the same point.
@@ -68,12 +69,16 @@ def snapshot_checkpoint(
       tokenizer_dir, hf_dir: folders whose plain files travel along (tokenizer; config.json, generation_config.json).
       hf_dtypes: what an export gives back (`Manifest.hf_dtypes`); by default the dtypes in `variables`.
       aliases: names an export writes as copies; by default those of a released checkpoint.
+      adapter: content of lora.json, where `variables` holds pairs.
       copy: whether the arrays may be overwritten before the snapshot is committed.
     """
     tree = {"params": variables["params"], "router": variables.get("router") or {}}
     trees = {layout.WEIGHTS: tree} | ({} if optimizer is None else {layout.OPTIMIZER: optimizer})
     flat = tree_paths(tree)
-    given = {layout.WEIGHTS: chunk_shapes(hf_entries(cfg, tree))}
+    given = {layout.WEIGHTS: chunk_shapes(hf_entries(cfg, tree))} if adapter is None else {}
+    if adapter is not None:
+        aliases = {}
+    kind = "adapter" if adapter is not None else "weights" if optimizer is None else "training"
     chunks = {name: chunk_shapes_of(part, given.get(name)) for name, part in trees.items()}
     if hf_dtypes is None:
         leaves = {path: DTYPE_NAMES[np.dtype(leaf.dtype)] for path, leaf in flat.items()}
@@ -85,13 +90,17 @@ def snapshot_checkpoint(
         chunks=chunks,
         parts={name: take_snapshot(part, chunks[name], copy=copy) for name, part in trees.items()},
         nbytes=sum(leaf.nbytes for part in trees.values() for leaf in tree_paths(part).values()),
-        train_state=None if train_state is None else json.dumps(dict(train_state), indent=1),
+        texts={
+            name: json.dumps(dict(content), indent=1)
+            for name, content in ((layout.TRAIN_STATE, train_state), (layout.LORA, adapter))
+            if content is not None
+        },
         files={
             layout.TOKENIZER: plain_files(tokenizer_dir),
             layout.HF: plain_files(hf_dir),
         },
         manifest={
-            "kind": "weights" if optimizer is None else "training",
+            "kind": kind,
             "step": step,
             "tree": tree_record(flat),
             "hf_dtypes": hf_dtypes,
@@ -113,6 +122,7 @@ class CheckpointSnapshot:
     Attributes:
       shapes, chunks, parts: by item ("weights", "optimizer"): tree of shapes, chunk shapes, this process's chunks.
       nbytes: of all arrays.
+      texts: files to write, by name.
       files: plain files to bring along, by folder.
       manifest: what the manifest says beside files and checksums.
     """
@@ -123,7 +133,7 @@ class CheckpointSnapshot:
     chunks: dict[str, dict[str, tuple[int, ...]]]
     parts: dict[str, dict[str, LeafSnapshot]]
     nbytes: int
-    train_state: str | None
+    texts: dict[str, str]
     files: dict[str, list[Path]]
     manifest: dict[str, Any]
 
@@ -163,8 +173,8 @@ class CheckpointSnapshot:
         write_model_config(folder, self.cfg)
         for name, files in self.files.items():
             copy_files(files, folder / name)
-        if self.train_state is not None:
-            (folder / layout.TRAIN_STATE).write_text(self.train_state, encoding="utf-8")
+        for name, text in self.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
         for name, shapes in self.shapes.items():
             write_skeleton(folder / name, shapes, self.chunks[name])
 

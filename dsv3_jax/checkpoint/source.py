@@ -206,6 +206,11 @@ def _open_native(folder: Path, abstract: AbstractFn, notes: list[str]) -> Source
     problems = problems_of(folder) or problems_of(folder, hashes=True, only=_is_small)
     if problems:
         raise DataError("\n  ".join([f"{folder}: {len(problems)} problem(s)", *problems[:50]]))
+    if manifest.kind == "adapter":
+        raise ConfigError(
+            f"{folder} is an adapter, no model: give its base as the checkpoint and this as the adapter, or add the "
+            "two up (python -m convert.merge)"
+        )
     cfg = read_model_config(folder)
     tree = dict(abstract(cfg))
     entries = hf_entries(cfg, tree)

@@ -260,6 +260,43 @@ class InitConfig:
     """Native checkpoint, run folder or Hugging Face folder: weights and tokenizer, fresh optimiser."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Training of low-rank pairs beside frozen weights (docs/finetuning.md); off while rank is 0."""
+
+    rank: int = 0
+    """Rank of every pair; 0 trains the weights themselves."""
+    alpha: float = 16.0
+    """The pairs' product counts alpha / rank times."""
+    rslora: bool = False
+    """alpha / sqrt(rank) instead."""
+    targets: tuple[str, ...] = ("attention",)
+    """What gets a pair: attention, dense, shared, experts, all-linear; modules such as q_b_proj or down_proj; or
+    patterns of leaves such as params/moe/attention/*."""
+    base: str | None = None
+    """The frozen weights: native checkpoint, run folder or Hugging Face folder, in the type that they are stored in.
+    The model is the base's; keys of `model` may add to it (dtype)."""
+    base_quantize: str = "none"
+    """Round attention and feed-forward weights of the base while loading: int8, int4:64, fp8, ...; none keeps them."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "lora.rank", self.rank, "0 (off) or more")
+        _require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "a number above 0")
+        _require(bool(self.targets), "lora.targets", self.targets, "at least one")
+        _require(
+            bool(self.rank) == (self.base is not None),
+            "lora.base",
+            self.base,
+            "a checkpoint, where lora.rank is above 0" if self.rank else "none where lora.rank is 0",
+        )
+        _require(
+            bool(self.rank) or self.base_quantize == "none",
+            "lora.base_quantize",
+            self.base_quantize,
+            "none where lora.rank is 0",
+        )
+
+
 MESH_PRESETS: dict[str, dict[str, int]] = {
     "one_gpu": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
     # Experts over the fast links of one machine; dense weights are cut over the same devices.
@@ -374,6 +411,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -392,6 +430,10 @@ class RunConfig:
             "1 with training.products = fp8 (a block of 128 must lie on one device)",
         )
         _require(0 <= self.seed < 2**31, "seed", self.seed, "0 <= seed < 2**31")
+        if self.lora.rank:
+            checkpoint, name = self.init.checkpoint, self.optimizer.name
+            _require(checkpoint is None, "init.checkpoint", checkpoint, "none beside lora.base")
+            _require(name == "adamw", "optimizer.name", name, "adamw where lora.rank is above 0")
         _require(
             self.training.seq_len <= self.model.max_position_embeddings,
             "training.seq_len",

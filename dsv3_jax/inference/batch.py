@@ -49,6 +49,7 @@ class Job:
     speculative: int = 0
     quantize: str | None = None
     mesh: str | None = None
+    adapter: Path | None = None
 
     def __post_init__(self) -> None:
         check(self.sampling, ConfigError, "--", dash=True)
@@ -71,7 +72,11 @@ class Job:
     def open(self) -> OpenedModel:
         """The model, without its weights; notes go to stderr."""
         model = open_model(
-            self.checkpoint, self.dtype, quantize=self.quantize, multi_token=self.speculative > 0
+            self.checkpoint,
+            self.dtype,
+            quantize=self.quantize,
+            multi_token=self.speculative > 0,
+            adapter=self.adapter,
         )
         for note in model.notes:
             print(f"note: {note}", file=sys.stderr)

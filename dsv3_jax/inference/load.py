@@ -13,6 +13,8 @@ import jax
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, DataError
+from dsv3_jax.finetune import attach
+from dsv3_jax.finetune.files import Adapter, open_adapter
 from dsv3_jax.inference.weights import Weights, unstack_layers
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.quantization.choose import choose_formats
@@ -61,6 +63,7 @@ def open_model(
     quantize: str | None = None,
     *,
     multi_token: bool = False,
+    adapter: str | Path | None = None,
 ) -> OpenedModel:
     """Open a native checkpoint, a run folder (its newest step) or a Hugging Face folder.
 
@@ -71,8 +74,9 @@ def open_model(
       quantize: format, such as "int8" or "int4:64", that attention and feed-forward weights are rounded to when they
         are loaded.
       multi_token: with the multi-token module, for speculative decoding.
+      adapter: LoRA pairs to decode with: a LoRA run, an adapter of ours, or a PEFT folder.
     Raises:
-      ConfigError: no checkpoint, or one of another architecture, or an unknown format.
+      ConfigError: no checkpoint, or one of another architecture, or an unknown format, or an adapter of another model.
       DataError: a checkpoint that is not whole, or a tokenizer that cannot be read.
     """
     source = open_source(folder, abstract_variables)
@@ -91,6 +95,18 @@ def open_model(
         columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
         formats, more = choose_formats(columns, formats, parse_format(quantize))
         notes += more
+    pairs: Adapter | None = None
+    if adapter is not None:
+        pairs = open_adapter(adapter, source.cfg, source.abstract)
+        notes += [*pairs.notes, *pairs.check_model(source.abstract, source.folder)]
+        pairs = pairs if multi_token else pairs.without_module()
+
+    def load() -> Weights:
+        variables = source.load(formats=formats)
+        if pairs is not None:
+            variables["params"] = attach(variables["params"], pairs.pairs["params"], pairs.lora)
+        return unstack_layers(cfg, variables)
+
     if tokenizer is None:
         tokenizer = Tokenizer.bytes()
         notes.append("the checkpoint has no tokenizer: text is read and written as bytes")
@@ -100,8 +116,8 @@ def open_model(
         tokenizer=tokenizer,
         eos_ids=_eos_ids(source, tokenizer),
         vocab_limit=min(tokenizer.vocab_size, cfg.vocab_size) if real else None,
-        identity=[*_identity(source, tokenizer), quantize],
-        load=lambda: unstack_layers(cfg, source.load(formats=formats)),
+        identity=[*_identity(source, tokenizer), quantize, *([] if pairs is None else [pairs.sha256])],
+        load=load,
         notes=notes,
     )
 

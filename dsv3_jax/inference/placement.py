@@ -80,12 +80,10 @@ class Placement:
             if mesh is None:
                 return HERE
             name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = name.replace("/base", "")  # of a leaf with a LoRA pair
             parent, _, part = name.rpartition("/")
-            if part in (
-                "codes",
-                "scales",
-                "zeros",
-            ):  # of a quantised leaf: whole matrices, experts on their device
+            # Of a quantised leaf or a LoRA pair: whole matrices, experts on their device.
+            if part in ("codes", "scales", "zeros", "a", "b"):
                 cut = "/experts/" in name and mesh.shape.get("expert", 1) > 1
                 assert not cut or parent.rpartition("_")[2].startswith("E"), name
                 return P("expert") if cut else HERE

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.parallel.mesh import BATCH_AXES
-from dsv3_jax.parallel.rules import HasShape, axes_of, compute_spec, storage_spec
+from dsv3_jax.parallel.rules import QUANTIZED_PARTS, HasShape, axes_of, compute_spec, storage_spec
 
 Array = jax.Array
 Axes = tuple[str, ...]
@@ -150,6 +150,8 @@ def leaving(x: Array, weight: Any) -> Array:
 
 def placement_of(path: str, leaf: Any, mesh: HasShape) -> Placement:
     """The placement of a leaf by the two tables. Raises ConfigError as `storage_spec` does."""
+    if path.rpartition("/")[2] in QUANTIZED_PARTS:
+        return Placement("")  # frozen, and used as it is stored
     letters = "".join(axes_of(path, leaf)).removeprefix("L")
     stored, used = (_axes_by_dim(rule(path, leaf, mesh), leaf) for rule in (storage_spec, compute_spec))
     gathers = []

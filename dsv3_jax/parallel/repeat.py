@@ -26,15 +26,22 @@ def sum_over(visit: Callable[..., Array], count: Array, most: int, *operands: Ar
     not grow with `count`, and no visit that is not needed costs anything.
 
     Args:
-      visit: (int32 number, *operands) -> array. It may close over weights (anything differentiable), not over
-        traced integers: those are operands.
+      visit: (int32 number, *operands) -> array. It may close over weights, quantised or not.
       count: int32, at most `most`. Where a visit holds a collective, equal on the devices of its axis.
       most: 1 or less makes the one visit without any loop.
     """
     if most <= 1:
         return visit(int32(0), *operands)
-    closed, hoisted = jax.closure_convert(visit, int32(0), *operands)
-    return _sum_over(closed, count, *operands, *hoisted)
+    # Everything that the visit closes over becomes an operand, codes of quantised weights too
+    # (`jax.closure_convert` would leave those behind in the custom derivative).
+    traced = jax.make_jaxpr(visit)(int32(0), *operands)
+
+    def closed(number: Array, *values: Array) -> Array:
+        own, hoisted = values[: len(operands)], values[len(operands) :]
+        (result,) = jax.core.eval_jaxpr(traced.jaxpr, hoisted, number, *own)
+        return result
+
+    return _sum_over(closed, count, *operands, *traced.consts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import LEGEND
 from dsv3_jax.errors import ConfigError
 
+QUANTIZED_PARTS = ("codes", "scales", "zeros")  # what a quantised leaf's path goes on with
 STACKS = ("dense", "moe", "mtp")  # children of "params" and "router" whose leaves have a leading layer axis
 
 
@@ -83,6 +84,8 @@ def spec_by(table: Sequence[Row], path: str, leaf: Any, mesh: HasShape) -> Parti
     Raises:
       ConfigError: a dimension is not divisible by its axes, or two letters of one row collide.
     """
+    if path.rpartition("/")[2] in QUANTIZED_PARTS:
+        return _quantized_spec(path, leaf, mesh)
     letters = axes_of(path, leaf)
     sizes = {axis: size for axis, size in dict(mesh.shape).items() if size > 1}
     assigned: dict[str, tuple[str, ...]] = {}
@@ -111,6 +114,19 @@ def spec_by(table: Sequence[Row], path: str, leaf: Any, mesh: HasShape) -> Parti
     while entries and not entries[-1]:
         entries.pop()
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
+
+
+def _quantized_spec(path: str, leaf: Any, mesh: HasShape) -> PartitionSpec:
+    """Codes are never cut within a matrix: experts are on their device, everything else is on every device."""
+    parts = dict(mesh.shape).get("expert", 1)
+    if "/experts/" not in path or parts == 1:
+        return PartitionSpec()
+    before = [None] if any(part in STACKS for part in path.split("/")) else []
+    if leaf.shape[len(before)] % parts:
+        raise ConfigError(
+            f"{path}: {leaf.shape[len(before)]} experts are not divisible by the mesh axis expert = {parts}"
+        )
+    return PartitionSpec(*before, "expert")
 
 
 def storage_spec(path: str, leaf: Any, mesh: HasShape) -> PartitionSpec:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import RunConfig
+from dsv3_jax.errors import ConfigError
 from dsv3_jax.model.counts import flops_per_token, leaves, train_flops_per_token
 from dsv3_jax.parallel import make_mesh, mesh_shape
 from dsv3_jax.planning.collectives import Collective, parse
@@ -102,6 +103,8 @@ def make_plan(cfg: RunConfig, devices: int, hardware: Hardware, *, compiles: boo
     Raises:
       ConfigError: mesh, devices, batch and model do not fit together.
     """
+    if cfg.lora.rank:
+        raise ConfigError(f"lora.rank is {cfg.lora.rank}: only full training is planned; expected 0")
     shape = mesh_shape(cfg.mesh, devices)
     need = memory(cfg, abstract_mesh(shape))
     items = leaves(cfg.model)

@@ -23,6 +23,8 @@ class Flags:
 
     checkpoint: Path | None = None
     """Native checkpoint, run folder (its newest step), or Hugging Face folder; required."""
+    adapter: Path | None = None
+    """LoRA pairs for every request: a LoRA run (its newest step), an adapter of ours, or a PEFT folder."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: int = 8000
@@ -128,7 +130,13 @@ def main() -> int:
     )
     mesh = None if flags.mesh is None else make_mesh(parse_mesh(flags.mesh))
     content_filter = None if flags.content_filter is None else load_filter(flags.content_filter)
-    opened = open_model(flags.checkpoint, flags.dtype, flags.quantize, multi_token=flags.speculative > 0)
+    opened = open_model(
+        flags.checkpoint,
+        flags.dtype,
+        flags.quantize,
+        multi_token=flags.speculative > 0,
+        adapter=flags.adapter,
+    )
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     template = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -105,12 +106,22 @@ def _forward(
     logits: Logits, head: Any, hidden_ND: Array, targets_N: Array, chunk: int
 ) -> tuple[Array, tuple[Any, Array, Any]]:
     hidden_MCD, targets_MC = chunks(hidden_ND, targets_N, chunk)
+    parts, tree = jax.tree.flatten(head)
+    floats = [jnp.issubdtype(part.dtype, jnp.floating) for part in parts]  # codes have no gradient
+
+    def whole(own: list[Array]) -> Any:
+        rest = iter(own)
+        return jax.tree.unflatten(
+            tree, [next(rest) if is_float else part for part, is_float in zip(parts, floats, strict=True)]
+        )
+
+    head = [part for part, is_float in zip(parts, floats, strict=True) if is_float]
 
     def visit(carry: tuple[Array, Any], xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Array]:
         total, d_head = carry
         hidden_CD, targets_C = xs
         loss, (d_chunk, d_hidden) = jax.value_and_grad(
-            lambda head, hidden: _chunk_loss(logits, head, hidden, targets_C), argnums=(0, 1)
+            lambda head, hidden: _chunk_loss(logits, whole(head), hidden, targets_C), argnums=(0, 1)
         )(head, hidden_CD)
         d_head = jax.tree.map(lambda sum_, d: sum_ + d.astype(jnp.float32), d_head, d_chunk)
         return (total + loss, d_head), d_hidden
@@ -120,13 +131,27 @@ def _forward(
     start = (jnp.zeros((), jnp.float32), zeros)
     (total, d_head), d_hidden = lax.scan(visit, start, (hidden_MCD, targets_MC))
     d_hidden = d_hidden.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
-    return total, (d_head, d_hidden, jax.tree.map(lambda leaf: jnp.zeros((0,), leaf.dtype), head))
+    grads = iter(d_head)
+    d_head = jax.tree.unflatten(
+        tree,
+        [
+            next(grads) if is_float else np.zeros(part.shape, jax.dtypes.float0)
+            for part, is_float in zip(parts, floats, strict=True)
+        ],
+    )
+    return total, (
+        d_head,
+        d_hidden,
+        jax.tree.unflatten(tree, [jnp.zeros((0,), part.dtype) for part in parts]),
+    )
 
 
 def _backward(logits: Logits, chunk: int, saved: tuple[Any, Array, Any], g: Array) -> tuple[Any, Array, None]:
     d_head, d_hidden, like = saved
     return (
-        jax.tree.map(lambda d, leaf: (d * g).astype(leaf.dtype), d_head, like),
+        jax.tree.map(
+            lambda d, leaf: d if d.dtype == jax.dtypes.float0 else (d * g).astype(leaf.dtype), d_head, like
+        ),
         (d_hidden * g).astype(d_hidden.dtype),
         None,
     )

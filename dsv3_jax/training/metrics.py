@@ -132,9 +132,14 @@ class Pace:
 class Speed:
     """Arithmetic per second of a run, and its share of what the devices can do."""
 
-    def __init__(self, model: ModelConfig, seq_len: int, mesh: jax.sharding.Mesh) -> None:
-        """Counts the operations of one token: see `train_flops_per_token`."""
-        self._flops = train_flops_per_token(model, seq_len)
+    def __init__(
+        self, model: ModelConfig, seq_len: int, mesh: jax.sharding.Mesh, *, frozen: bool = False
+    ) -> None:
+        """Counts the operations of one token: see `train_flops_per_token`.
+
+        Frozen weights have no gradient of their own, a third of the operations; the pairs' own are not counted.
+        """
+        self._flops = train_flops_per_token(model, seq_len) * (2 / 3 if frozen else 1)
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * mesh.size
 
@@ -178,7 +183,17 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
         parts.append(f"val {record['val_loss']:.3f}")
     if record["skipped"]:
         parts.append(f"NOT APPLIED ({'spike' if record.get('spike') else 'not finite'})")
+    if "trainable_parameters" in record:
+        parts.append(f"trains {short(record['trainable_parameters'])}/{short(record['parameters'])}")
     return " | ".join([*parts, f"mem {record['mem_gib']:.1f}GiB", f"eta {duration(eta)}"])
+
+
+def short(count: int) -> str:
+    """A count as 812, 3.2M or 671B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
 
 
 def _tflops(record: Mapping[str, Any]) -> str:

@@ -122,6 +122,8 @@ def _numbers(records: Sequence[Record]) -> str:
         ("model FLOPs utilisation", mean("mfu")),
         ("peak memory, GiB", mean("mem_gib")),
         ("share of real tokens in a batch", mean("fill")),
+        ("trainable parameters", records[-1].get("trainable_parameters")),
+        ("parameters, frozen ones included", records[-1].get("parameters")),
         ("steps not applied", float(sum(record.get("skipped", 0) for record in records))),
     ]
     boxes = [

@@ -22,31 +22,37 @@ from dsv3_jax.checkpoint import (
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.errors import ConfigError, DataError, StorageError
+from dsv3_jax.finetune.base import FrozenBase
+from dsv3_jax.finetune.files import check_base
 from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
 from dsv3_jax.model import abstract_variables, init_variables
 from dsv3_jax.parallel import processes
 from dsv3_jax.training.guards import guard_from_json
 from dsv3_jax.training.saving import MOMENTS
-from dsv3_jax.training.step import State, abstract_state
+from dsv3_jax.training.step import State, abstract_state, state_shardings, with_frozen
 
 Say = Callable[[str], None]
 
 
 def restore_step(
-    run: Path, cfg: RunConfig, mesh: jax.sharding.Mesh, say: Say
+    run: Path, cfg: RunConfig, mesh: jax.sharding.Mesh, say: Say, base: FrozenBase | None = None
 ) -> tuple[State, dict[str, Any]] | None:
     """State and train_state of the newest good step, or None where there is none.
 
     Every byte is compared with the manifest, by several processes together; they use the same step. A bad newer step
-    is renamed to N.corrupt, and that is said.
+    is renamed to N.corrupt, and that is said. A LoRA run's steps hold pairs; its base comes from where it is.
+
+    Raises ConfigError for another base than the run began with.
     """
     step = newest_good_step(run, say)
     if step is None:
         return None
-    want = abstract_state(cfg, mesh)
+    want = abstract_state(cfg, mesh, base)
+    if base is not None:
+        check_base(step_folder(run, step), base)
     loaded = load_checkpoint(
         step_folder(run, step),
-        {"params": want.params, "router": want.router},
+        {"params": want.params, "router": want.router if base is None else {}},
         optimizer_abstract={name: optax.tree_utils.tree_get(want.opt_state, name) for name in MOMENTS},
     )
     if loaded.train_state is None:
@@ -58,6 +64,8 @@ def restore_step(
         optax.tree_utils.tree_set(want.opt_state, **loaded.optimizer),
         jax.tree.map(_everywhere, guard_from_json(loaded.train_state.get("guard")), want.guard),
     )
+    if base is not None:
+        state = with_frozen(state, state_shardings(cfg, mesh, base), base)
     return state, loaded.train_state
 
 

@@ -31,6 +31,7 @@ _MAY_DIFFER = (
     "distributed.",
     "data.verify",
     "data.workers",
+    "lora.base",  # the same weights may lie elsewhere; other weights are refused by their checksum
 )
 
 
@@ -72,11 +73,12 @@ class RunFolder:
         saved = _flat(to_mapping(from_mapping(RunConfig, load_yaml(self.path / CONFIG))))
         now = _flat(to_mapping(cfg))
         for key in sorted(saved.keys() | now.keys()):
-            if saved.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER):
-                free = ", ".join(name if not name.endswith(".") else f"{name}*" for name in _MAY_DIFFER)
+            free = any(key.startswith(name) if name.endswith(".") else key == name for name in _MAY_DIFFER)
+            if saved.get(key) != now.get(key) and not free:
+                names = ", ".join(name if not name.endswith(".") else f"{name}*" for name in _MAY_DIFFER)
                 raise ConfigError(
                     f"{self.path} is a run with {key} = {saved.get(key)!r}, not {now.get(key)!r}; on resume only "
-                    f"{free} may differ (a new run needs another run.dir)"
+                    f"{names} may differ (a new run needs another run.dir)"
                 )
 
     def save_config(self, cfg: RunConfig) -> None:

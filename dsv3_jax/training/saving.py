@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ class Saver:
     a save is raised by the next `check`, `save` or `wait`.
     """
 
-    def __init__(self, run: Path, cfg: RunConfig, say: Say) -> None:
-        self._run, self._cfg, self._say = run, cfg, say
+    def __init__(self, run: Path, cfg: RunConfig, say: Say, adapter: Mapping[str, Any] | None = None) -> None:
+        """`adapter`: what a LoRA run's checkpoints say about its pairs and their base."""
+        self._run, self._cfg, self._say, self._adapter = run, cfg, say, adapter
         self._jobs = Background()
         self.saved = False
 
@@ -68,12 +69,13 @@ class Saver:
         run, cfg, step = self._run, self._cfg, int(train_state["step"])
         snapshot = snapshot_checkpoint(
             cfg.model,
-            {"params": state.params, "router": state.router},
+            {"params": state.params, "router": state.router if self._adapter is None else {}},
             step=step,
             optimizer={name: optax.tree_utils.tree_get(state.opt_state, name) for name in MOMENTS},
             train_state={**train_state, "guard": guard_to_json(state.guard)},
             tokenizer_dir=run / TOKENIZER if (run / TOKENIZER).is_dir() else None,
             hf_dir=run / HF if (run / HF).is_dir() else None,
+            adapter=self._adapter,
             copy=cfg.checkpoint.asynchronous,
         )
 

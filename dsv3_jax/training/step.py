@@ -7,6 +7,7 @@ keeping its part. Everything after that is ordinary single-device code on arrays
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ModelConfig, RunConfig, parse_kernels
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.finetune import Lora, abstract_pairs, attach, init_pairs
+from dsv3_jax.finetune.base import FrozenBase
 from dsv3_jax.model import abstract_variables, init_variables, max_violation
 from dsv3_jax.parallel import BATCH_AXES
 from dsv3_jax.parallel.dispatch import Dispatch, make_dispatch
@@ -52,6 +55,8 @@ class State:
       router: selection biases of the balance rule.
       opt_state: moments.
       guard: losses and gradient norms of the last applied steps.
+      frozen: weights under LoRA pairs, as they are stored; `params` is then the tree of pairs, and `router` is
+        frozen too.
     """
 
     step: Array
@@ -59,6 +64,7 @@ class State:
     router: Any
     opt_state: Any
     guard: Guard
+    frozen: Any = None
 
 
 def shards_of(mesh: jax.sharding.Mesh) -> int:
@@ -83,18 +89,28 @@ def dispatch_of(cfg: RunConfig, mesh: jax.sharding.Mesh) -> Dispatch | None:
     )
 
 
-def state_shardings(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:
+def abstract_weights(cfg: RunConfig, base: FrozenBase | None) -> tuple[Any, Any, Any]:
+    """Shapes of (what is trained, router, what is frozen); without a base the model's weights are trained."""
+    if base is None:
+        variables = abstract_variables(cfg.model)
+        return variables["params"], variables["router"], None
+    pairs = abstract_pairs(base.lora, base.abstract)["params"]
+    return pairs, base.abstract["router"], base.abstract["params"]
+
+
+def state_shardings(cfg: RunConfig, mesh: jax.sharding.Mesh, base: FrozenBase | None = None) -> State:
     """Where each leaf of the state lives: weights and moments by the storage table, the rest everywhere."""
     everywhere = NamedSharding(mesh, P())
-    variables = abstract_variables(cfg.model)
-    where = storage_shardings(variables, mesh)
-    opt_state = jax.eval_shape(make_optimizer(cfg.optimizer).init, variables["params"])
+    params, router, frozen = abstract_weights(cfg, base)
+    where = storage_shardings({"params": params, "router": router}, mesh)
+    opt_state = jax.eval_shape(make_optimizer(cfg.optimizer).init, params)
     return State(
         everywhere,
         where["params"],
         where["router"],
-        sharded_like(opt_state, variables["params"], where["params"], everywhere),
+        sharded_like(opt_state, params, where["params"], everywhere),
         jax.tree.map(lambda _: everywhere, jax.eval_shape(init_guard)),
+        None if frozen is None else storage_shardings({"params": frozen}, mesh)["params"],
     )
 
 
@@ -110,6 +126,36 @@ def init_state(cfg: RunConfig, mesh: jax.sharding.Mesh, variables: Any = None) -
     return jax.jit(functools.partial(_start, cfg), out_shardings=where, donate_argnums=0)(placed)
 
 
+def init_lora_state(cfg: RunConfig, mesh: jax.sharding.Mesh, base: FrozenBase) -> State:
+    """Step 0 of a LoRA run: pairs from the seed, the base as it is stored, zero moments."""
+    where = state_shardings(cfg, mesh, base)
+
+    def start(key: Array) -> State:
+        pairs = init_pairs(base.lora, base.abstract, key)["params"]
+        return _start(cfg, {"params": pairs, "router": None})
+
+    state = jax.jit(start, out_shardings=where.replace(router=None, frozen=None))(jax.random.key(cfg.seed))  # type: ignore[attr-defined]
+    return with_frozen(state, where, base)
+
+
+def with_frozen(state: State, where: State, base: FrozenBase) -> State:
+    """The state with the base on its devices."""
+
+    def placed(x: Any, where: NamedSharding) -> Array:
+        parts = where.addressable_devices_indices_map(x.shape)
+        # No aliasing: the step passes its state on in place.
+        arrays = [
+            jax.device_put(np.ascontiguousarray(x[index]), device, may_alias=False)
+            for device, index in parts.items()
+        ]
+        return jax.make_array_from_single_device_arrays(x.shape, where, arrays)
+
+    loaded = base.load()
+    router = jax.tree.map(placed, loaded["router"], where.router)
+    frozen = jax.tree.map(placed, loaded["params"], where.frozen)
+    return state.replace(router=router, frozen=frozen)  # type: ignore[attr-defined]
+
+
 def _start(cfg: RunConfig, variables: Any) -> State:
     params = variables["params"]
     opt_state = make_optimizer(cfg.optimizer).init(params)
@@ -123,29 +169,19 @@ def _placed(x: Any, where: NamedSharding) -> Array:
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
-def abstract_state(cfg: RunConfig, mesh: jax.sharding.Mesh) -> State:
+def abstract_state(cfg: RunConfig, mesh: jax.sharding.Mesh, base: FrozenBase | None = None) -> State:
     """Shapes and shardings of the state (what a restore and a plan need); no device is touched."""
-
+    params, router, frozen = abstract_weights(cfg, base)
+    state = jax.eval_shape(functools.partial(_start, cfg), {"params": params, "router": router})
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.eval_shape(functools.partial(_start, cfg), abstract_variables(cfg.model)),
-        state_shardings(cfg, mesh),
+        state.replace(frozen=frozen),
+        state_shardings(cfg, mesh, base),
     )
 
 
-def make_train_step(
-    cfg: RunConfig, mesh: jax.sharding.Mesh
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The step of a run on a mesh; jit it with the state donated.
-
-    Raises ConfigError when the batch cannot be cut into devices times micro-batches.
-
-    Metrics: loss, ce_loss, mtp_loss, balance_loss, grad_norm (before clipping), lr, tokens (real tokens of the
-    batch), skipped (1 when loss or gradient was not finite or a spike, so that weights and moments were left as they
-    were), spike (1 when it was that), maxvio (mean over expert layers), balanced_fraction (of experts within 50 % of
-    their layer's mean load), router_entropy (mean over layers and tokens, nats), dropped, expert_counts_LE; bias_min,
-    bias_max and bias_std_L of the selection biases the step used.
-    """
+def check_batch(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError when the batch cannot be cut into devices times micro-batches."""
     parts, accumulate = shards_of(mesh), cfg.training.accumulate
     for size in reversed(batch_schedule(cfg.training).sizes):
         if size % (parts * accumulate):
@@ -154,14 +190,29 @@ def make_train_step(
                 f"training.batch_size is {cfg.training.batch_size}{ramp}; expected a multiple of {parts} devices x "
                 f"training.accumulate = {accumulate}"
             )
-    where = state_shardings(cfg, mesh)
-    specs = jax.tree.map(lambda sharding: sharding.spec, where.params)
-    placed = placements(abstract_variables(cfg.model), mesh)["params"]
-    dispatch = dispatch_of(cfg, mesh)
+
+
+def make_train_step(
+    cfg: RunConfig, mesh: jax.sharding.Mesh, base: FrozenBase | None = None
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The step of a run on a mesh; jit it with the state donated. With a base it trains the pairs alone.
+
+    Raises ConfigError when the batch cannot be cut into devices times micro-batches, or a quantised base over `tensor`.
+
+    Metrics: loss, ce_loss, mtp_loss, balance_loss, grad_norm (before clipping), lr, tokens (real tokens of the
+    batch), skipped (1 when loss or gradient was not finite or a spike, so that weights and moments were left as they
+    were), spike (1 when it was that), maxvio (mean over expert layers), balanced_fraction (of experts within 50 % of
+    their layer's mean load), router_entropy (mean over layers and tokens, nats), dropped, expert_counts_LE; bias_min,
+    bias_max and bias_std_L of the selection biases the step used.
+    """
+    check_batch(cfg, mesh)
+    where = state_shardings(cfg, mesh, base)
+    layout = weights_layout(cfg, mesh, base)
+    specs = layout.specs
     gradients = jax.shard_map(
-        functools.partial(_shard_gradients, cfg, placed, dispatch),
+        functools.partial(_shard_gradients, cfg, layout, dispatch_of(cfg, mesh)),
         mesh=mesh,
-        in_specs=(specs, P(), P(BATCH_AXES), P()),
+        in_specs=(specs, P(), P(BATCH_AXES), P(), layout.frozen_specs),
         out_specs=(specs, P(), P(), P()),
         check_vma=False,  # sums over the mesh are written out: parallel/leaves.py
     )
@@ -170,13 +221,15 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         step = state.step + 1
         grads, loss, sums, totals = gradients(
-            state.params, state.router, batch, mtp_weight(cfg.training, step)
+            state.params, state.router, batch, mtp_weight(cfg.training, step), state.frozen
         )
         lr = learning_rate(cfg.optimizer, cfg.training, step)
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-        router = balance_update(cfg.model, state.router, sums.counts_LE, balance_rate(cfg.training, step))
+        router = state.router
+        if base is None:
+            router = balance_update(cfg.model, router, sums.counts_LE, balance_rate(cfg.training, step))
         # A select, never a product: 0 * NaN is NaN.
         ok, spike = judge(state.guard, loss, grad_norm, cfg.training.spike_guard)
         params, router, opt_state = jax.tree.map(
@@ -198,29 +251,73 @@ def make_train_step(
             **bias_metrics(state.router),
         }
         guard = remember(state.guard, ok, loss, grad_norm)
-        return jax.lax.with_sharding_constraint(State(step, params, router, opt_state, guard), where), metrics
+        new = State(step, params, router, opt_state, guard)
+        trained = where.replace(frozen=None)  # type: ignore[attr-defined]
+        new = jax.lax.with_sharding_constraint(new, trained)
+        return new.replace(frozen=state.frozen), metrics
 
     return train_step
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightsLayout:
+    """How the weights lie on a mesh, and how what is trained and what is frozen make one tree.
+
+    placed, frozen_placed: placements (`parallel.leaves`); specs, frozen_specs: partitions of the stored parts.
+    """
+
+    lora: Lora | None
+    placed: Any
+    specs: Any
+    frozen_placed: Any
+    frozen_specs: Any
+
+    def joined(self, weights: Any, frozen: Any) -> Any:
+        """The tree that the model takes."""
+        return weights if self.lora is None else attach(frozen, weights, self.lora)
+
+
+def weights_layout(cfg: RunConfig, mesh: jax.sharding.Mesh, base: FrozenBase | None = None) -> WeightsLayout:
+    """The layout of a run's weights on a mesh. Raises ConfigError for a quantised base cut over `tensor`."""
+    params, _, frozen = abstract_weights(cfg, base)
+    if base is not None and base.formats and mesh.shape["tensor"] > 1:
+        raise ConfigError(
+            f"mesh.tensor is {mesh.shape['tensor']}; expected 1 with a quantised base, whose matrices stay whole"
+        )
+
+    def both(tree: Any) -> tuple[Any, Any]:
+        where = storage_shardings({"params": tree}, mesh)["params"]
+        return placements({"params": tree}, mesh)["params"], jax.tree.map(lambda x: x.spec, where)
+
+    return WeightsLayout(
+        None if base is None else base.lora,
+        *both(params),
+        *((None, None) if frozen is None else both(frozen)),
+    )
+
+
 def _shard_gradients(
     cfg: RunConfig,
-    placed: Any,
+    layout: WeightsLayout,
     dispatch: Dispatch | None,
     params: Any,
     router: Any,
     batch: Batch,
     weight: Array,
+    frozen: Any,
 ) -> tuple[Any, Array, Parts, Totals]:
     """This device's part of the gradients of the global batch; loss and sums of that batch."""
     totals = lax.psum(count_totals(batch, cfg.model), BATCH_AXES)
-    weights = compute_copies(params, placed, cfg.model.dtype)
+    weights = compute_copies(params, layout.placed, cfg.model.dtype)
+    frozen = compute_copies(frozen, layout.frozen_placed, cfg.model.dtype)
     n, kernels = cfg.training.accumulate, parse_kernels(cfg.kernels)
 
     def one(micro: Batch) -> tuple[tuple[Array, Parts], Any]:
-        return jax.value_and_grad(loss_fn, has_aux=True)(
-            weights, router, micro, cfg.model, cfg.training, totals, dispatch, weight, kernels
-        )
+        def loss(weights: Any) -> tuple[Array, Parts]:
+            whole = layout.joined(weights, frozen)
+            return loss_fn(whole, router, micro, cfg.model, cfg.training, totals, dispatch, weight, kernels)
+
+        return jax.value_and_grad(loss, has_aux=True)(weights)
 
     if n == 1:
         (loss, sums), grads = one(batch)
@@ -234,7 +331,7 @@ def _shard_gradients(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first))
         ((loss, sums), grads), _ = lax.scan(visit, zeros, micros)
     loss, sums = lax.psum((loss, sums), BATCH_AXES)
-    return reduce_gradients(grads, placed), loss, sums, totals
+    return reduce_gradients(grads, layout.placed), loss, sums, totals
 
 
 def balance_update(cfg: ModelConfig, router: Any, counts_LE: Array, rate: Array | float) -> Any:
@@ -284,20 +381,32 @@ def bias_metrics(router: Any) -> Metrics:
     }
 
 
-def make_eval_step(cfg: RunConfig, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Batch], EvalSums]:
-    """(params, router, batch) -> sums over the mesh (`EvalSums`)."""
-    abstract = abstract_variables(cfg.model)
-    placed = placements(abstract, mesh)["params"]
-    specs = jax.tree.map(lambda sharding: sharding.spec, storage_shardings(abstract, mesh)["params"])
+def make_eval_step(
+    cfg: RunConfig, mesh: jax.sharding.Mesh, base: FrozenBase | None = None
+) -> Callable[..., EvalSums]:
+    """(params, router, batch[, frozen]) -> sums over the mesh (`EvalSums`)."""
+    layout = weights_layout(cfg, mesh, base)
     dispatch = dispatch_of(cfg, mesh)
 
-    def shard(params: Any, router: Any, batch: Batch) -> EvalSums:
-        weights = compute_copies(params, placed, cfg.model.dtype)
+    def shard(params: Any, router: Any, batch: Batch, frozen: Any) -> EvalSums:
+        weights = compute_copies(params, layout.placed, cfg.model.dtype)
+        frozen = compute_copies(frozen, layout.frozen_placed, cfg.model.dtype)
         sums = evaluation_sums(
-            weights, router, batch, cfg.model, cfg.training.loss_chunk, dispatch, parse_kernels(cfg.kernels)
+            layout.joined(weights, frozen),
+            router,
+            batch,
+            cfg.model,
+            cfg.training.loss_chunk,
+            dispatch,
+            parse_kernels(cfg.kernels),
         )
         return lax.psum(sums, BATCH_AXES)
 
-    return jax.shard_map(
-        shard, mesh=mesh, in_specs=(specs, P(), P(BATCH_AXES)), out_specs=P(), check_vma=False
+    spread = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(layout.specs, P(), P(BATCH_AXES), layout.frozen_specs),
+        out_specs=P(),
+        check_vma=False,
     )
+    return lambda params, router, batch, frozen=None: spread(params, router, batch, frozen)

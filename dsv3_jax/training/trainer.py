@@ -17,9 +17,12 @@ import numpy as np
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.finetune.base import open_base
+from dsv3_jax.finetune.files import adapter_record
 from dsv3_jax.parallel import Feed, barrier, compiled_by_all, first_then_all, make_mesh, processes
 from dsv3_jax.text import Tokenizer
 from dsv3_jax.training.data import Batches
+from dsv3_jax.training.lora import lora_line, parameter_counts
 from dsv3_jax.training.metrics import (
     MetricsLog,
     Pace,
@@ -49,6 +52,8 @@ from dsv3_jax.training.signals import StopSignals
 from dsv3_jax.training.step import (
     State,
     batch_sharding,
+    check_batch,
+    init_lora_state,
     init_state,
     make_eval_step,
     make_train_step,
@@ -96,9 +101,13 @@ class Trainer:
         """Opens data and devices and finds the state to go on from; writes config.yaml last."""
         self.cfg, self.folder, self.path, self.signals = cfg, folder, folder.path, signals
         self.mesh, self.group = make_mesh(cfg.mesh), processes()
-        step = make_train_step(cfg, self.mesh)  # refuses a batch that cannot be cut
+        check_batch(cfg, self.mesh)
+        self.base = open_base(cfg.lora, cfg.model) if cfg.lora.rank else None
+        step = make_train_step(cfg, self.mesh, self.base)
         say(f"run folder: {self.path}")
-        source = None if folder.resumed else open_init(cfg)
+        source = None
+        if not folder.resumed:
+            source = open_init(cfg) if self.base is None else self.base.source
         self.feed = Feed(batch_sharding(self.mesh), cfg.training.batch_size)
         opened = first_then_all("data", lambda: open_data(cfg, self._init_tokenizer(source)))
         self.train_data, self.val_data = opened.train, opened.validation
@@ -126,11 +135,13 @@ class Trainer:
         self.state = self._first_state(source)
         folder.save_config(cfg)
         self.log = MetricsLog(self.path / METRICS) if self.group.first else None
-        self.saver = Saver(self.path, cfg, say)
+        self.saver = Saver(self.path, cfg, say, None if self.base is None else adapter_record(self.base))
         self.watchdog = Watchdog(60 * cfg.training.watchdog_minutes)
         self._step = jax.jit(step, donate_argnums=0)
-        self._eval = jax.jit(make_eval_step(cfg, self.mesh))
-        self.pace, self.speed = Pace(), Speed(cfg.model, cfg.training.seq_len, self.mesh)
+        self._eval = jax.jit(make_eval_step(cfg, self.mesh, self.base))
+        self.pace = Pace()
+        self.speed = Speed(cfg.model, cfg.training.seq_len, self.mesh, frozen=self.base is not None)
+        self.sizes = parameter_counts(self.state)
         self._clock = time.perf_counter()
 
     # --- before the first step --------------------------------------------------------------------------------
@@ -138,7 +149,8 @@ class Trainer:
     def _init_tokenizer(self, source: Any) -> Path | None:
         if self.folder.resumed:
             kept = self.path / TOKENIZER
-            return kept if self.cfg.init.checkpoint and kept.is_dir() else None
+            from_model = self.cfg.init.checkpoint or self.base
+            return kept if from_model and kept.is_dir() else None
         return None if source is None else source.tokenizer_dir
 
     def _bring_files(self, source: Any, tokenizer: Tokenizer | None) -> None:
@@ -166,13 +178,17 @@ class Trainer:
             )
 
     def _first_state(self, source: Any) -> State:
-        restored = restore_step(self.path, self.cfg, self.mesh, say)
+        restored = restore_step(self.path, self.cfg, self.mesh, say, self.base)
         if restored is not None:
             state, saved = restored
             self.batches.restore(saved["data"])
             self.tokens, self.not_applied = saved["tokens"], saved["not_finite"]
             say(f"resuming after step {int(state.step)}")
             return state
+        if self.base is not None:
+            for note in self.base.notes:
+                say(note)
+            return init_lora_state(self.cfg, self.mesh, self.base)
         if source is None and self.cfg.init.checkpoint is not None:
             source = open_init(self.cfg)  # stopped before its first checkpoint
         if source is None:
@@ -218,9 +234,11 @@ class Trainer:
                 self.tensorboard.close()
 
     def _announce(self) -> None:
-        params = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        size = f"{self.sizes.total:,} parameters"
+        if self.base is not None:
+            size = lora_line(self.sizes, self.base, self.state)
         say(
-            f"{params:,} parameters, {self.mesh.size} x {jax.devices()[0].device_kind}, "
+            f"{size}, {self.mesh.size} x {jax.devices()[0].device_kind}, "
             f"{self.train_data.describe()}; compiling the step"
         )
 
@@ -285,6 +303,8 @@ class Trainer:
         size = pending.rows * self.cfg.training.seq_len
         record.update(tokens=self.tokens, tokens_per_s=count / seconds, seconds=seconds, fill=count / size)
         record.update(self.speed.of(count / seconds), mem_gib=memory_gib())
+        if self.base is not None:
+            record.update(trainable_parameters=self.sizes.trained, parameters=self.sizes.total)
         record.update(pending.data)
         if evaluate:
             record.update(self._evaluate())
@@ -329,7 +349,8 @@ class Trainer:
         rows = cfg.batch_size // cfg.accumulate
         assert rows % shards_of(self.mesh) == 0
         for batch in self.val_data.in_order(rows, cfg.eval_batches):
-            inputs = self.state.params, self.state.router, self.feed.place(self.feed.own_rows(batch))
+            placed = self.feed.place(self.feed.own_rows(batch))
+            inputs = self.state.params, self.state.router, placed, self.state.frozen
             self._eval = compiled_by_all("evaluation", self._eval, *inputs)
             sums = jax.tree.map(lambda x: x.item(), jax.device_get(self._eval(*inputs)))
             self.watchdog.beat()
