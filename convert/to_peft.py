@@ -22,6 +22,7 @@ from dsv3_jax.checkpoint.source import open_source
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.hf.tensors import cast
 from dsv3_jax.hf.writer import plan_shards, write_headers
+from dsv3_jax.quantization.choose import kind_of_leaf
 
 
 def convert(
@@ -52,6 +53,11 @@ def convert(
         notes.append(f"{left} leaves of the multi-token module are left out: transformers has no such module")
     if not trunk.lora.paths:
         raise ConfigError(f"{adapter}: nothing but pairs of the multi-token module")
+    if any(kind_of_leaf(path) in ("dense", "shared") for path in trunk.lora.paths):
+        notes.append(
+            "pairs of dense and shared layers have their modules' names, which peft 0.21 with transformers 5 takes for "
+            "the experts': other readers open them, or merge (python -m convert.merge)"
+        )
     check_apart(found.folder, dst)
     kind = SAFETENSORS_NAMES[dtype]
     tensors, keys = peft.tensors_of(trunk.lora, trunk.pairs, source.cfg, source.abstract)

@@ -5,8 +5,11 @@
 
 with the names of Hugging Face's modules. transformers (from 5) keeps routed experts as 3-D parameters, gate and up in
 one, which PEFT adapts by `target_parameters`: for E experts lora_A is [E rank, in], expert by expert, and lora_B
-[out, rank E], experts running fastest. Of two parameters of a module the one whose name sorts first is nested one
+[out, rank E], experts running fastest. Of the two parameters gate_up_proj is nested one
 `base_layer` deeper. Adapters with a module for each expert (earlier transformers) are read too.
+
+peft 0.21 with transformers 5 takes target modules named gate_proj, up_proj or down_proj of this model for the experts',
+and so cannot open pairs of dense and shared layers; these have the plain names of their modules here.
 """
 
 from __future__ import annotations
@@ -82,10 +85,10 @@ def tensors_of(
                 _side_by_side(gate, up, lora)
                 for gate, up in zip(by_name["gate_proj"], by_name["up_proj"], strict=True)
             ]
-            _put(tensors, owner, _stacked(both))
+            _put(tensors, f"{owner}.base_layer" if "down_proj" in by_name else owner, _stacked(both))
         if "down_proj" in by_name:
             parameters.add(_DOWN)
-            _put(tensors, f"{owner}.base_layer" if gate_up else owner, _stacked(by_name["down_proj"]))
+            _put(tensors, owner, _stacked(by_name["down_proj"]))
     every: dict[str, int] = {}
     for entry in hf_entries(cfg, abstract):
         if "/experts/" not in entry.path and not entry.path.startswith("params/mtp/"):

@@ -112,9 +112,9 @@ def test_peft_files_come_back(folders: dict[str, Path], tmp_path: Path, rslora: 
         H * (CFG.qk_nope_head_dim + CFG.qk_rope_head_dim),
         2,
     )
-    assert shapes["1.mlp.experts.lora_A.weight"] == (E * 4, D)
-    assert shapes["1.mlp.experts.lora_B.weight"] == (2 * F, E * 4)
-    assert shapes["1.mlp.experts.base_layer.lora_A.weight"] == (E * 2, F)
+    assert shapes["1.mlp.experts.base_layer.lora_A.weight"] == (E * 4, D)
+    assert shapes["1.mlp.experts.base_layer.lora_B.weight"] == (2 * F, E * 4)
+    assert shapes["1.mlp.experts.lora_A.weight"] == (E * 2, F)
     assert not any(name.startswith("3.") for name in shapes)
     from_peft.convert(tmp_path / "peft", folders["base"], tmp_path / "back")
     got, want = adapted(folders["base"], tmp_path / "back"), adapted(folders["base"], ours)
