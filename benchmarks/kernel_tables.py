@@ -83,6 +83,27 @@ def fp8_table() -> str:
     return "\n".join([*lines, "", *(_about(run) for run in runs)])
 
 
+def quantized_table() -> str:
+    """Decode products with quantised weights against the floor of their bytes."""
+    runs = [run for run in gpu_results() if run.get("quantized")]
+    if not runs:
+        return f"Decode products with quantised weights: {NOT_MEASURED}."
+    lines = [
+        "| device | weight | format | tokens | by | ms | of the floor | of bfloat16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        for row in run["quantized"]:
+            for by, one in row["by"].items():
+                name = f"| {run['environment']['family']} | {row['shape']} | {row['format']} | {row['rows']} | {by} |"
+                if "time" in one:
+                    time, floor, wide = one["time"]["median"], one["of_floor"], one["of_bfloat16"]
+                    lines.append(f"{name} {time:.4f} | {floor:.2f} | {wide:.2f}× |")
+                else:
+                    lines.append(f"{name} {escape(one.get('refused', 'wrong'))[:120]} | | |")
+    return "\n".join([*lines, "", *(_about(run) for run in runs)])
+
+
 def _cells(one: Row, bound: float) -> str:
     if "refused" in one:
         return f"{escape(one['refused'])[:120]} | | |"

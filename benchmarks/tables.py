@@ -271,6 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compile_h200": kernel_tables.compile_table,
     "gpu_kernels": kernel_tables.kernel_table,
     "gpu_fp8": kernel_tables.fp8_table,
+    "gpu_quantized": kernel_tables.quantized_table,
     "gpu_models": kernel_tables.model_table,
 }
 

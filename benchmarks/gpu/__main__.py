@@ -2,11 +2,11 @@
 
 Every kernel first shows that it is right (fresh random inputs, poisoned memory), then is timed with inputs that change
 from call to call, beside the other implementations, torch, and the copy and product ceilings of the same run. Then FP8
-products against bfloat16, the train step of a 1.75e9-parameter model against transformers, and decoding of a 16B-A3B
-model.
+products against bfloat16, products of decoding with quantised weights against their bytes, the train step of a
+1.75e9-parameter model against transformers, and decoding of a 16B-A3B model.
 The result file is written after every case, so that a run that is cut keeps what it has.
 
-  --only WORD   tables (ceilings, kernels, fp8, train, decode) or cases that have all these words
+  --only WORD   tables (ceilings, kernels, fp8, quantized, train, decode) or cases that have all these words
   --minutes N   of a table, after which no further case is begun (8)
   --record      write kernels/verified.json: classes of shapes that "auto" may give to a kernel on this device
   --dry-run     everything once at tiny shapes, also on a CPU; writes nothing unless --output says where
@@ -25,14 +25,14 @@ from typing import Any
 import jax
 
 from benchmarks.common import RESULTS, environment
-from benchmarks.gpu import decode, fp8, train
+from benchmarks.gpu import decode, fp8, quantized, train
 from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.kernels import lines, run_case, shown_correct
 from dsv3_jax.errors import ConfigError, run_main
 from dsv3_jax.kernels import shim, tables
 from dsv3_jax.kernels.cases import all_cases
 
-TABLES = ("ceilings", "kernels", "fp8", "train", "decode")
+TABLES = ("ceilings", "kernels", "fp8", "quantized", "train", "decode")
 
 
 def main() -> int:
@@ -103,6 +103,10 @@ def measure(only: list[str], minutes: float, small: bool, output: Path | None) -
     if "fp8" in asked:
         result["fp8"] = fp8.run(small, 3 if small else 20)
         print(fp8.lines(result["fp8"]), flush=True)
+        keep()
+    if "quantized" in asked:
+        result["quantized"] = quantized.measure(small, 3 if small else 20, peaks)
+        print(quantized.lines(result["quantized"]), flush=True)
         keep()
     if "train" in asked:
         result["train"] = train.run(small, kernels, 2 if small else 10)

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import kernel_tables, tune
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import decode, fp8, kernels, rivals, timing, train
+from benchmarks.gpu import decode, fp8, kernels, quantized, rivals, timing, train
 from benchmarks.gpu.ceilings import ceilings
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.kernels import tables
@@ -153,6 +153,32 @@ def test_fp8_is_within_the_benchmarks_bound_of_bfloat16():
     assert 1e-3 < kernels.error_of(found, wanted) < fp8.BOUND
 
 
+def test_quantised_decoding_on_a_cpu():
+    """What can run here is right and timed against the floor; the rest says why not, down to the table."""
+    rows = quantized.measure(True, 1, PEAKS)
+    assert [(row["format"], row["rows"]) for row in rows] == [(f, 16) for f in ("int4", "int8", "fp8")]
+    for row in rows:
+        assert row["by"]["reference"]["of_floor"] > 0 and row["by"]["bfloat16"]["of_bfloat16"] == 1
+        assert "it runs on gpu" in row["by"]["mosaic"]["refused"]
+        assert row["floor_ms"] == pytest.approx(1e3 * row["bytes"] / PEAKS["bytes_per_s"], rel=1e-3)
+    # Codes and scales of 192 x 512, x and y.
+    assert rows[0]["bytes"] == 192 * 256 + 4 * 192 * 4 + 2 * 16 * (512 + 192)
+    assert rows[0]["by"][quantized.TORCH]["refused"] == rivals.why_not()
+    assert quantized.TORCH not in rows[1]["by"] and "of the floor" in quantized.lines(rows)
+
+
+def test_torchs_int4_product_gets_the_same_weight():
+    pytest.importorskip("torch")
+    shape = quantized.SHAPES["interpret"]
+    sets = [quantized.inputs(jax.random.key(1), shape, "int4")]
+    x, *parts = sets[0]
+    wanted = quantized.run(
+        x.astype(jnp.float32), *parts, shape=shape, text="int4", implementation="reference"
+    )
+    found = quantized._torch(sets, wanted, shape, 1, "cpu")
+    assert found.get("right") and found["time"]["median"] > 0, found
+
+
 def test_without_a_gpu_nothing_is_measured_by_mistake(monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu"])
     with pytest.raises(ConfigError, match="no GPU here"):
@@ -245,6 +271,7 @@ def test_tables_say_what_was_not_measured_and_what_a_run_found(tmp_path, monkeyp
     monkeypatch.setattr(kernel_tables, "RESULTS", tmp_path)
     assert kernel_tables.kernel_table() == "Kernels on a GPU: not measured."
     assert kernel_tables.fp8_table() == "FP8 matmul against bfloat16: not measured."
+    assert kernel_tables.quantized_table() == "Decode products with quantised weights: not measured."
     assert kernel_tables.model_table().count("not measured") == 5
     row = kernels.run_case(toy(), 1, 3, PEAKS, with_rivals=False)
     environment = {
