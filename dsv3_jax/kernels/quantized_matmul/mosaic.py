@@ -15,10 +15,8 @@ from dsv3_jax.kernels.quantized_matmul.mosaic_product import Parts, Tile, produc
 from dsv3_jax.kernels.quantized_matmul.reference import backward, grouped_backward
 from dsv3_jax.kernels.tables import tuned
 
-# Tokens of a tile where a tile takes all of them, and of those where there are more: two sets of sums have to fit
-# registers, with twice the floats of int4.
-TOKENS = (8, 16, 32, 64)
-MANY_TOKENS = {"int4": 96, "int8": 128, "fp8": 128}
+# Tokens of a tile where one takes all of them.
+TOKENS = (8, 16, 32, 64, 128)
 MOST_STAGES, MOST_SPLITS = 8, 32
 
 
@@ -53,22 +51,29 @@ def _class(x: jax.Array, parts: Parts, coding: Coding, tokens: int) -> str:
 
 def shape_class(x_NK: jax.Array, parts: Parts, coding: Coding) -> str:
     """Widths, coding, type, and the tokens of a tile."""
-    return _class(x_NK, parts, coding, tokens_of(x_NK.shape[0], coding.kind))
+    return _class(x_NK, parts, coding, tokens_of(x_NK.shape[0], slices(coding, x_NK.shape[1])))
 
 
 def grouped_shape_class(x_ND: jax.Array, parts: Parts, sizes_E: jax.Array, coding: Coding) -> str:
     """Widths, coding, type, and the tokens of a tile."""
-    return _class(x_ND, parts, coding, grouped_tokens_of(x_ND.shape[0], sizes_E.shape[0], coding.kind))
+    return _class(
+        x_ND, parts, coding, grouped_tokens_of(x_ND.shape[0], sizes_E.shape[0], slices(coding, x_ND.shape[1]))
+    )
 
 
-def tokens_of(N: int, kind: str) -> int:
+def most_tokens(cut: Slices) -> int:
+    """Of a tile: what registers hold beside two sets of sums, a slice's floats, and the scales of its groups."""
+    return {1: 128, 2: 96 if cut.pieces == 4 else 128, 4: 64}.get(cut.groups, 32)
+
+
+def tokens_of(N: int, cut: Slices) -> int:
     """Tokens of a tile of the dense product."""
-    return next((n for n in TOKENS if n >= N), MANY_TOKENS[kind])
+    return min(next((n for n in TOKENS if n >= N), TOKENS[-1]), most_tokens(cut))
 
 
-def grouped_tokens_of(N: int, E: int, kind: str) -> int:
+def grouped_tokens_of(N: int, E: int, cut: Slices) -> int:
     """Tokens of a tile for experts that have N / E on average, some twice as many."""
-    return next((n for n in TOKENS if n * E >= 2 * N), MANY_TOKENS[kind])
+    return tokens_of(-(-2 * N // E), cut)
 
 
 def deepest(tile: Tile, cut: Slices, steps: int) -> Tile:
@@ -78,35 +83,44 @@ def deepest(tile: Tile, cut: Slices, steps: int) -> Tile:
     return [one for one in each if one.shared_bytes(cut) <= SHARED_BYTES][-1]
 
 
-def default_tile(R: int, K: int, tokens: int, coding: Coding) -> Tile:
+def default_tile(N: int, R: int, K: int, coding: Coding) -> Tile:
     """The dense product's tile where the table has none."""
     cut = slices(coding, K)
-    steps, cores = K // cut.columns, shim.sm_count()
+    tokens, steps, cores = tokens_of(N, cut), K // cut.columns, shim.sm_count()
+    down = -(-N // tokens)
 
     def slices_read(tile: Tile) -> int:
         """By the busiest block."""
-        return -(-(-(-R // tile.rows) * tile.splits) // cores) * -(-steps // tile.splits)
+        return -(-(-(-R // tile.rows) * down * tile.splits) // cores) * -(-steps // tile.splits)
 
     def cost(tile: Tile) -> float:
-        """Bytes that the busiest block reads, and those of the parts of the sums, written and read again."""
-        parts = 2 * 4 * tile.splits * R * tokens / cores if tile.splits > 1 else 0.0
-        return slices_read(tile) * tile.rows * 2 * cut.line + parts
+        """Bytes of codes for the busiest block, and of the parts of the sums, written and read again."""
+        parts = 2 * 4 * tile.splits * R * down * tokens / cores if tile.splits > 1 else 0.0
+        read = slices_read(tile) * tile.rows * 2 * cut.line + parts
+        # Two warpgroups hide less of each other's waiting than four: a guess, not measured.
+        return read if tile.warpgroups > 2 else 1.1 * read
 
-    most = 1 if tokens > TOKENS[-1] else min(steps, MOST_SPLITS)
-    splits = [n for n in range(1, most + 1) if -(-steps // n) * (n - 1) < steps]
-    best = min((Tile(tokens, 2, 1, n) for n in splits), key=cost)
+    splits = [n for n in range(1, min(steps, MOST_SPLITS) + 1) if -(-steps // n) * (n - 1) < steps]
+    best = min((Tile(tokens, w, 1, n) for w in _warpgroups(R, tokens, cut) for n in splits), key=cost)
     return deepest(best, cut, slices_read(best))
 
 
-def default_grouped_tile(K: int, tokens: int, coding: Coding) -> Tile:
+def _warpgroups(R: int, tokens: int, cut: Slices) -> tuple[int, ...]:
+    """Four where their registers suffice (scales of many groups take some) and none is without rows; or two."""
+    return (4, 2) if tokens <= 16 and cut.groups <= 2 and R % (4 * LINE) == 0 else (2,)
+
+
+def default_grouped_tile(N: int, E: int, F: int, K: int, coding: Coding) -> Tile:
     """The grouped product's tile where the table has none."""
-    return deepest(Tile(tokens, 2), slices(coding, K), MOST_STAGES)
+    cut = slices(coding, K)
+    tokens = grouped_tokens_of(N, E, cut)
+    return deepest(Tile(tokens, _warpgroups(F, tokens, cut)[0]), cut, MOST_STAGES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def quantized_matmul(x_NK: jax.Array, parts: Parts, coding: Coding) -> jax.Array:
     """See `api.quantized_matmul`. Codes are multiplied as they are and sums scaled: no value is rounded before."""
-    default = default_tile(parts[0].shape[0], x_NK.shape[1], tokens_of(x_NK.shape[0], coding.kind), coding)
+    default = default_tile(x_NK.shape[0], parts[0].shape[0], x_NK.shape[1], coding)
     tile = tuned("quantized_matmul", shape_class(x_NK, parts, coding), default)
     return product(x_NK, parts, coding, tile)
 
@@ -120,9 +134,8 @@ quantized_matmul.defvjp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_quantized_matmul(x_ND: jax.Array, parts: Parts, sizes_E: jax.Array, coding: Coding) -> jax.Array:
     """See `api.grouped_quantized_matmul`. A row's result is bitwise independent of the other rows and of its place."""
-    default = default_grouped_tile(
-        x_ND.shape[1], grouped_tokens_of(x_ND.shape[0], sizes_E.shape[0], coding.kind), coding
-    )
+    (N, D), (E, F) = x_ND.shape, parts[0].shape[:2]
+    default = default_grouped_tile(N, E, F, D, coding)
     tile = tuned("grouped_quantized_matmul", grouped_shape_class(x_ND, parts, sizes_E, coding), default)
     return product(x_ND, parts, coding, tile, sizes_E)
 

@@ -183,20 +183,18 @@ def product(
                 def per_row(ref, at):
                     return shim.load(of(ref, e).at[pl.ds(safe, LINE), at], layout=column, optimized=False)
 
-                def scales_of(step):
-                    """Scale and zero point of every group of a slice."""
+                def scale_of(step, g):
+                    """Scale and zero point of a group of a slice, as far as there are any."""
                     if not cut.scaled:
                         return []
-                    found = []
-                    for g in range(cut.groups):
-                        at = cut.scale_of(step * cut.groups + g)
-                        if coding.block_rows > 1:
-                            found.append(of(scales, e)[lax.div(safe, jnp.int32(coding.block_rows)), at])
-                        else:
-                            found.append(per_row(scales, at))
-                        if zeros is not None:
-                            found.append(per_row(zeros, at))
-                    return found
+                    at = cut.scale_of(step * cut.groups + g)
+                    if coding.block_rows > 1:
+                        return [of(scales, e)[lax.div(safe, jnp.int32(coding.block_rows)), at]]
+                    return [per_row(scales, at), *([] if zeros is None else [per_row(zeros, at)])]
+
+                def scales_of(step):
+                    """Of all groups, where registers hold them while the slice before is multiplied."""
+                    return [scale_of(step, g) for g in range(cut.groups)] if cut.groups <= 2 else []
 
                 def multiply(k, carry):
                     sums, now = carry
@@ -205,10 +203,8 @@ def product(
                     slot = ring(first + k, tile.stages)
                     plgpu.barrier_wait(full.at[slot])
                     lanes = shim.load(codes_smem.at[slot, pl.ds(wg * LINE, LINE)], layout=layout)
-                    now = list(now)
                     for g in range(cut.groups):
-                        scale = now.pop(0) if cut.scaled else None
-                        zero = now.pop(0) if zeros is not None else None
+                        scale, zero = [*(now[g] if now else scale_of(begin + k, g)), None, None][:2]
                         own = lanes[:, g * cut.lanes : (g + 1) * cut.lanes]
                         less: Any = offset(zero, dtype)
                         if zero is not None:

@@ -75,6 +75,9 @@ DEVICE = [
     ("v3_o_16", "int8:128"),
     ("v3_o_prefill", "int4"),
     ("v3_o_prefill", "fp8"),
+    ("v3_o_prefill", "int4a:64"),
+    ("v3_o_prefill", "int4a:32"),
+    ("v3_o_prefill", "int8:64"),
     ("v3_kv_a_16", "fp8"),
     ("v3_q_b_16", "fp8"),
     ("v3_mlp_16", "int8"),
@@ -162,9 +165,9 @@ def tiles(shape: Shape, text: str) -> Mapping[str, Sequence[Mapping[str, Any]]]:
     cut = slices(own, shape.inputs)
     steps = shape.inputs // cut.columns
     if shape.experts:
-        tokens = grouped_tokens_of(shape.rows, shape.experts, own.kind)
+        tokens = grouped_tokens_of(shape.rows, shape.experts, cut)
     else:
-        tokens = tokens_of(shape.rows, own.kind)
+        tokens = tokens_of(shape.rows, cut)
     splits = (1,) if shape.experts else (1, 2, 3, 4, 8, 16)
     clusters = (1, 2) if tokens > 16 else (1,)
     each = itertools.product({tokens, max(8, tokens // 2)}, REGISTERS, (4, 6, 8, 12), splits, clusters)
