@@ -32,6 +32,8 @@ from dsv3_jax.kernels.quantized_matmul.shapes import (
     run,
     tiles,
 )
+from dsv3_jax.quantization.formats import parse_format, quantize
+from dsv3_jax.quantization.leaf import implemented, quantized_leaf
 
 needs_interpreter = pytest.mark.skipif(
     shim.why_not_interpret() is not None, reason=str(shim.why_not_interpret())
@@ -410,3 +412,25 @@ def test_small_cases_are_right_within_their_bound():
     shape, _, text = case.shape.partition(" ")
     want = oracle(arrays, SHAPES[shape], text)
     assert np.abs(got - want).max() <= case.bound * np.abs(want).max()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("text", ["fp8", "int4a:64"])
+def test_a_leaf_multiplies_by_it(text):
+    """Gate and up of 192 rows: of FP8, whose blocks of 128 rows would straddle them, two products; of int4 one."""
+    rng = np.random.default_rng(13)
+    fmt, (E, F, D) = parse_format(text), (3, 192, 128)
+    leaf = quantized_leaf(
+        quantize(rng.standard_normal((E, 2, F, D)).astype(np.float32), fmt), fmt.coding(D), (F, D)
+    )
+    x_ND = jnp.asarray(rng.standard_normal((9, D)), jnp.bfloat16)
+    sizes_E = jnp.asarray([4, 0, 5], jnp.int32)
+
+    def both(leaf):
+        return np.asarray(leaf.layer(1).product(x_ND), float), np.asarray(leaf.grouped(x_ND, sizes_E), float)
+
+    with shim.interpret():
+        got = both(implemented(leaf, "mosaic"))
+    for ours, want in zip(got, both(leaf), strict=True):
+        assert ours.shape == (9, 2 * F)
+        np.testing.assert_allclose(ours, want, rtol=0, atol=0.01 * np.abs(want).max())
