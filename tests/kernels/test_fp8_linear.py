@@ -13,13 +13,15 @@ from dsv3_jax.kernels.fp8_matmul.linear import by_token_blocks, grouped_linear, 
 E4M3 = ml_dtypes.float8_e4m3fn
 
 
-def rounded(x, axis, block=128):
-    """What e4m3 codes with a scale per `block` along `axis` stand for, numpy, float64."""
+def rounded(x, axis, block=128, powers=False):
+    """What e4m3 codes with a scale (a power of two) per `block` along `axis` stand for, numpy, float64."""
     x = np.moveaxis(np.asarray(x, np.float32), axis, -1)
     out = np.zeros(x.shape)
     for b in range(0, x.shape[-1], block):
         own = x[..., b : b + block]
         scale = np.maximum(np.abs(own).max(-1, keepdims=True) / np.float32(448), np.finfo(np.float32).tiny)
+        if powers:
+            scale = np.exp2(np.ceil(np.log2(scale.astype(float)))).astype(np.float32)
         codes = np.clip(own * (np.float32(1) / scale), -448, 448).astype(E4M3)
         out[..., b : b + block] = codes.astype(np.float32) * scale
     return np.moveaxis(out, -1, axis)
@@ -39,7 +41,7 @@ def rounded_weight(w, block=128):
 def oracle(x, w, dy):
     """y, dX, dW of rounded operands, float64."""
     x8, w8 = rounded(x, 1), rounded_weight(w)
-    dw = rounded(dy, 0).T @ rounded(x8, 0)  # x is rounded again, along tokens
+    dw = rounded(dy, 0, powers=True).T @ rounded(x8, 0, powers=True)  # x is rounded again, along tokens
     return x8 @ w8.T, rounded(dy, 1) @ w8, dw
 
 
@@ -91,6 +93,13 @@ def test_bfloat16_rounds_results_only():
     got = both(x, w, dy)
     assert {a.dtype for a in got} == {jnp.dtype(jnp.bfloat16)}
     close([a.astype(float) for a in got], oracle(*(np.asarray(a, np.float32) for a in (x, w, dy))), 2**-8)
+
+
+def test_along_tokens_bfloat16_holds_every_value():
+    x = next(draw(300, 8, 16)) * 10.0 ** np.linspace(-30, 30, 16, dtype=np.float32)
+    got = np.asarray(jax.jit(by_token_blocks)(x, np.array([300], np.int32))[0])[:300]
+    np.testing.assert_array_equal(got, got.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(got, rounded(x, 0, powers=True))
 
 
 SIZES = {"ragged": [130, 0, 1, 150, 16], "hot": [0, 0, 300, 0, 0], "none": [0] * 5, "few": [3, 0, 2, 0, 1]}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
-from dsv3_jax.kernels.fp8_matmul.quantize import quantize_blocks, quantize_lines, values
+from dsv3_jax.kernels.fp8_matmul.quantize import nearest, quantize_blocks, quantize_lines, values
 from dsv3_jax.kernels.quantized_matmul import Coding, grouped_quantized_matmul, quantized_matmul, reference
 from dsv3_jax.quantization.formats import parse_format, quantize
 
@@ -65,6 +65,20 @@ def test_every_quotient_goes_to_the_nearest_code():
     got = lines(x, 128)
     assert (np.asarray(got.scales) == 1).all()
     same_bits(got, formula(x))
+
+
+def test_the_rounding_in_arithmetic_is_that_of_the_type():
+    """And it is done in arithmetic: a GPU program leaves out a conversion there and back."""
+    text = export.export(jax.jit(lambda x: values(quantize_lines(x))), platforms=["cuda"])(
+        jnp.ones((2, 128))
+    ).mlir_module()
+    assert "round_nearest_even" in text
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(-448, 448, 20000), rng.uniform(-0.05, 0.05, 20000)])
+    grid = np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float32)
+    middle = (grid[1:] + grid[:-1]) / 2
+    x = np.concatenate([x, grid, -grid, middle, -middle, [0.0, -0.0, np.nan]]).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(nearest)(x), x.astype(E4M3).astype(np.float32))
 
 
 def test_zeros_and_tiny_lines():

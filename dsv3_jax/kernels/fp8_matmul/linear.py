@@ -6,7 +6,8 @@ sums in float32. Kept for backward are x's codes, not x. dW sums over tokens, so
 With experts, blocks of tokens begin where the expert's rows begin.
 
 Forward and dX are products with a stored FP8 weight and go through `quantized_matmul.api`, so to the Mosaic kernels
-where they are chosen; dW is XLA.
+where they are chosen. Scales along tokens are powers of two (the report's for activations that are rounded both ways):
+then bfloat16 holds code * scale exactly, and dW is a product of the compute type, with a float32 sum.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from dsv3_jax.kernels.fp8_matmul.quantize import (
     BLOCK,
     Coded,
     codes_of,
+    power_of_two,
     quantize_blocks,
     quantize_lines,
     scales_of,
     values,
 )
-from dsv3_jax.kernels.grouped_matmul.reference import _weight_gradient
+from dsv3_jax.kernels.grouped_matmul import grouped_matmul
 from dsv3_jax.kernels.quantized_matmul import Coding, grouped_quantized_matmul, quantized_matmul
 from dsv3_jax.kernels.registry import full_precision
 
@@ -43,7 +45,8 @@ def linear(x_NK: Array, w_RK: Array, implementation: str = "auto") -> Array:
 
     Args:
       w_RK: the weight as stored, [out, in].
-      implementation: of the forward and dX product, see `quantized_matmul.api.quantized_matmul`.
+      implementation: of the forward and dX product, see `quantized_matmul.api.quantized_matmul`; of experts also of dW
+        (`grouped_matmul`).
     """
     return _product(x_NK, quantize_blocks(w_RK), implementation)
 
@@ -59,12 +62,10 @@ def _forward(x_NK: Array, w_RK: Array, implementation: str) -> tuple[Array, tupl
 def _backward(implementation: str, saved: tuple[Coded, Array, Array], dy_NR: Array) -> tuple[Array, Array]:
     x, w_RK, like = saved
     dx_NK = _product(dy_NR, _transposed(quantize_blocks(w_RK)), implementation).astype(like.dtype)
-    # Lines along tokens, of what x's codes stand for and of the gradient.
-    x_KN, dy_RN = (values(quantize_lines(a.T)) for a in (values(x), dy_NR))
-    dims = (((1,), (1,)), ((), ()))
-    dw_RK = lax.dot_general(
-        dy_RN, x_KN, dims, full_precision(jnp.float32), preferred_element_type=jnp.float32
-    )
+    one = jnp.full((1,), dy_NR.shape[0], jnp.int32)
+    x_PK, dy_PR = (by_token_blocks(a, one)[0].astype(w_RK.dtype) for a in (values(x), dy_NR))
+    dims, precision = (((0,), (0,)), ((), ())), full_precision(w_RK.dtype)
+    dw_RK = lax.dot_general(dy_PR, x_PK, dims, precision, preferred_element_type=jnp.float32)
     return dx_NK, dw_RK.astype(w_RK.dtype)
 
 
@@ -105,14 +106,17 @@ def _grouped_backward(implementation: str, saved: Any, dy_NF: Array) -> tuple[Ar
     dx_ND = _grouped(dy_NF, transposed, group_sizes_E, implementation).astype(like.dtype)
     x_PD, sizes_E = by_token_blocks(values(x), group_sizes_E)
     dy_PF, _ = by_token_blocks(dy_NF, group_sizes_E)
-    return dx_ND, _weight_gradient(x_PD, dy_PF, sizes_E, w_EFD.dtype), no_gradient
+    x_PD, dy_PF = x_PD.astype(w_EFD.dtype), dy_PF.astype(w_EFD.dtype)
+    product = functools.partial(grouped_matmul, implementation=implementation)
+    (dw_EFD,) = jax.vjp(lambda w: product(x_PD, w, sizes_E), w_EFD)[1](dy_PF)
+    return dx_ND, dw_EFD, no_gradient
 
 
 grouped_linear.defvjp(_grouped_forward, _grouped_backward)
 
 
 def by_token_blocks(x_ND: Array, group_sizes_E: Array) -> tuple[Array, Array]:
-    """Rows rounded with a scale for each column of 128 rows of their group, float32, and the size of each group.
+    """Rows rounded with a power of two for each column of 128 rows of their group, float32, and the size of each group.
 
     Every group is filled up with zeros to whole blocks: [P, D], P = 128 (N // 128 + E), sizes multiples of 128.
     """
@@ -127,7 +131,7 @@ def by_token_blocks(x_ND: Array, group_sizes_E: Array) -> tuple[Array, Array]:
     own_BI = (row_BI < group_sizes_E[expert_B][:, None]) & (block_B < ends_E[-1])[:, None]
     index_BI = jnp.where(own_BI, first_row_E[expert_B][:, None] + row_BI, N)
     x_BID = jnp.take(x_ND, index_BI, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
-    scale_BD = scales_of(jnp.max(jnp.abs(x_BID), axis=1))
+    scale_BD = power_of_two(scales_of(jnp.max(jnp.abs(x_BID), axis=1)))
     codes_BID = codes_of(x_BID, scale_BD[:, None, :])
     rounded = codes_BID.astype(jnp.float32) * scale_BD[:, None, :]
     return rounded.reshape(-1, x_ND.shape[1]), blocks_E * BLOCK

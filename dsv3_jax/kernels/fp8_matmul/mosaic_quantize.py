@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels import shim
-from dsv3_jax.kernels.fp8_matmul.quantize import BLOCK, Coded, codes_of, scales_of
+from dsv3_jax.kernels.fp8_matmul.quantize import BLOCK, Coded, quotients, scales_of
 from dsv3_jax.kernels.grouped_matmul.pipeline import LINE
 from dsv3_jax.kernels.shim import pl, plgpu
 
@@ -37,7 +37,7 @@ def quantize_lines(x_NK: jax.Array) -> Coded:
         values = shim.load(x_smem, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
         scale_R = scales_of(jnp.max(jnp.abs(values), axis=1))
         scale = lax.broadcast_in_dim(scale_R, (LINE, BLOCK), (0,))
-        codes_smem[...] = codes_of(values, scale)
+        codes_smem[...] = quotients(values, scale).astype(jnp.float8_e4m3fn)
         scales_smem[...] = scale_R
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(codes_smem, codes.at[where])
