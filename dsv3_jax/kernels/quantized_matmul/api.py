@@ -50,9 +50,9 @@ def quantized_matmul(
 
     The reference makes values in float32, rounds them once to x's dtype, and multiplies with a float32 sum; "mosaic"
     multiplies codes, which x's dtype holds exactly, and scales the float32 sums: one rounding less (it takes e4m3's two
-    codes of NaN for 480). With `coding.activations == "int8"` tokens are quantised too (scale max |x| / 127) and sums are whole numbers; with
-    "fp8" they are e4m3 with a scale per token and block of columns (`fp8_matmul.quantize`), values stay float32 and
-    only y is rounded to x's dtype.
+    codes of NaN for 480). With `coding.activations == "int8"` tokens are quantised too (scale max |x| / 127) and sums
+    are whole numbers; with "fp8" they are e4m3 with a scale per token and block of columns (`fp8_matmul.quantize`),
+    values stay float32 and only y is rounded to x's dtype.
     Differentiable in x (where x is quantised: as if it had not been); the weight is frozen.
 
     Args:
