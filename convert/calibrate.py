@@ -84,6 +84,7 @@ class Calibrated:
         )
         self._tokens_BT = read_tokens(source, text, tokens, window)
         self._moments = Moments()
+        self._priors: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
         self._hidden_BTD: np.ndarray | None = None
         self._layer = -1
@@ -171,6 +172,7 @@ class Calibrated:
         entries = self._of_layer(self._layer)
         leaves = self._read(entries)
         self._moments.clear()
+        self._priors.clear()
         columns = {entry.path: entry.hf_shape[-1] for entry in entries}
         recorded = {
             path: Recorded(
@@ -254,8 +256,8 @@ class Calibrated:
         """
         sums, counts = self._moments.sums, self._moments.counts[path]
         if counts.ndim:
-            prior_KK = sums[path].sum(0) * (PRIOR / max(int(counts.sum()), 1))
-            return lambda expert: factor((sums[path][expert] + prior_KK) / (counts[expert] + PRIOR))
+            self._prior(path)  # once, before threads ask for it
+            return lambda expert: factor(self._moment(path, expert) / (counts[expert] + PRIOR))
         like = next((other for other in known if np.array_equal(sums[other], sums[path])), path)
         if like not in known:
             with threadpool_limits(1):  # see gptq_each
@@ -277,6 +279,9 @@ class Calibrated:
             for name, path in within.items()
             if path in self._source.formats and path not in self._formats
         }
+        for path in self._moments.sums:
+            if self._moments.sums[path].ndim == 3:
+                self._prior(path)  # once, before threads ask for it
         return awq.layer_scales(
             {name: leaves[path] for name, path in within.items()},
             formats,
@@ -286,10 +291,15 @@ class Calibrated:
 
     def _moment(self, path: str, expert: int) -> np.ndarray:
         """Sum of x x^T of a leaf, or of one of its experts and of PRIOR inputs of the average one."""
-        sums, counts = self._moments.sums[path], self._moments.counts[path]
-        if sums.ndim == 2:
-            return sums
-        return sums[expert] + sums.sum(0) * (PRIOR / max(int(counts.sum()), 1))
+        sums = self._moments.sums[path]
+        return sums if sums.ndim == 2 else sums[expert] + self._prior(path)
+
+    def _prior(self, path: str) -> np.ndarray:
+        """PRIOR inputs of the average expert."""
+        if path not in self._priors:
+            total = max(int(self._moments.counts[path].sum()), 1)
+            self._priors[path] = self._moments.sums[path].sum(0) * (PRIOR / total)
+        return self._priors[path]
 
     def _fold(self, leaves: dict[str, np.ndarray], scales: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         cfg = self._cfg

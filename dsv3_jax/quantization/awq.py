@@ -12,8 +12,9 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -102,10 +103,14 @@ def layer_scales(
             ]
             for path in rounded
         ]
-        if one.source.endswith("experts/gate_up_EPFD"):
-            found[one.source] = np.stack([best_scales([reader]) for reader in readers[0]])
-        else:
-            found[one.source] = best_scales([reader for own in readers for reader in own])[None]
+        # One BLAS thread each, as in gptq_each.
+        with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+            if one.source.endswith("experts/gate_up_EPFD"):
+                each = pool.map(lambda reader: best_scales([reader]), readers[0])
+                found[one.source] = np.stack(list(each))
+            else:
+                shared = [reader for own in readers for reader in own]
+                found[one.source] = best_scales(shared, pool.map)[None]
     return {source: scales_BK for source, scales_BK in found.items() if (scales_BK != 1).any()}
 
 
@@ -116,21 +121,19 @@ def _by_inputs(path: str, leaf: np.ndarray) -> np.ndarray:
     return leaf.reshape(len(leaf) if "/experts/" in path else 1, -1, K)
 
 
-def best_scales(readers: Sequence[Reader]) -> np.ndarray:
+def best_scales(readers: Sequence[Reader], each: Callable[..., Iterable[Any]] = map) -> np.ndarray:
     """float32 [K], powers of two: of one set of inputs, for all of its readers.
 
     The loss is that of the layer's products, tr((W - W') H (W - W')^T) summed over readers, W' rounded to nearest.
+
+    Args:
+      each: `map`, or that of a pool.
     """
     power_K = np.sum([np.diagonal(reader.moment()) for reader in readers], axis=0, dtype=np.float64)
     rms_K = np.sqrt(np.maximum(power_K, max(1e-12 * power_K.max(), 1e-30)))
-
-    def loss(exponent: float) -> float:
-        return sum(_loss(reader, _scales(rms_K, exponent)) for reader in readers)
-
-    # One BLAS thread each, as in gptq_each.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        losses = list(pool.map(loss, EXPONENTS))
-    return _scales(rms_K, EXPONENTS[int(np.argmin(losses))])
+    tried = [_scales(rms_K, exponent) for exponent in EXPONENTS]
+    losses = np.sum(list(each(functools.partial(_losses, tried), readers)), axis=0)
+    return tried[int(np.argmin(losses))]
 
 
 def _scales(rms_K: np.ndarray, exponent: float) -> np.ndarray:
@@ -139,11 +142,14 @@ def _scales(rms_K: np.ndarray, exponent: float) -> np.ndarray:
     return np.exp2(np.clip(np.rint(np.log2(scales_K)), -8, 8)).astype(np.float32)
 
 
-def _loss(reader: Reader, scales_K: np.ndarray) -> float:
-    scaled_RK = reader.matrix_RK * scales_K
-    parts = quantize(scaled_RK, reader.fmt)
-    error_RK = (dequantize(parts, reader.fmt, scaled_RK.shape[1]) - scaled_RK) / scales_K
-    return float(np.vdot(error_RK @ reader.moment().astype(np.float32), error_RK))
+def _losses(tried: Sequence[np.ndarray], reader: Reader) -> list[float]:
+    moment_KK, found = reader.moment().astype(np.float32), []
+    for scales_K in tried:
+        scaled_RK = reader.matrix_RK * scales_K
+        parts = quantize(scaled_RK, reader.fmt)
+        error_RK = (dequantize(parts, reader.fmt, scaled_RK.shape[1]) - scaled_RK) / scales_K
+        found.append(float(np.vdot(error_RK @ moment_KK, error_RK)))
+    return found
 
 
 def folded(
