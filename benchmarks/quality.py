@@ -129,20 +129,18 @@ def _variants(
                 yield {**row, **_errors(exact, theirs, chosen)}, theirs
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                size, row["seconds"] = _quantize(
-                    run, Path(folder) / "out", name, rounding, calibration, window
-                )
+                row |= _quantize(run, Path(folder) / "out", name, rounding, calibration, window)
                 made = open_source(Path(folder) / "out", abstract_variables)
                 ours, chosen = flatten_paths(made.load("float32")), sorted(made.formats)
             if rounding == "nearest":
                 nearest = ours
-            yield {**row, "share_of_float32": size, **_errors(exact, ours, chosen)}, ours
+            yield row, ours
 
 
 def _quantize(
     run: Path, dst: Path, name: str, rounding: str, calibration: Path, window: int
-) -> tuple[float, float]:
-    """The quantised leaves' share of float32, and seconds."""
+) -> dict[str, Any]:
+    """The quantised leaves' share of float32, seconds, and errors as reported: of AWQ, those of the scaled weights."""
     fmt, started = parse_format(name), time.perf_counter()
     how: dict[str, Any] = {}
     if rounding != "nearest":
@@ -152,7 +150,14 @@ def _quantize(
     )
     seconds = time.perf_counter() - started
     leaves = json.loads((dst / "quantization.json").read_text())["leaves"]
-    return sum(leaf["nbytes"] for leaf in leaves) / (4 * sum(leaf["values"] for leaf in leaves)), seconds
+    errors = {leaf["path"]: float(np.mean(leaf["by_layer"])) for leaf in leaves}
+    return {
+        "seconds": seconds,
+        "share_of_float32": sum(leaf["nbytes"] for leaf in leaves)
+        / (4 * sum(leaf["values"] for leaf in leaves)),
+        "error": float(np.mean(list(errors.values()))),
+        "errors": errors,
+    }
 
 
 def _errors(exact: Flat, other: Flat, paths: list[str]) -> dict[str, Any]:
