@@ -33,6 +33,7 @@ from dsv3_jax.training.trainer import train
 from tests.training import tiny
 from tests.training.test_trainer import MODEL, _config
 
+REPO = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 
@@ -247,3 +248,25 @@ def test_the_model_is_the_bases(bases: dict[str, Path], tmp_path: Path) -> None:
     assert parse_run_config(["--config", str(saved)]) == dataclasses.replace(
         cfg, run=parse_run_config(["--config", str(saved)]).run
     )
+
+
+@pytest.mark.parametrize("name", ["tiny-lora", "tiny-finetune"])
+def test_the_ready_configs_run(bases: dict[str, Path], data: Path, tmp_path: Path, name: str) -> None:
+    """Their recipes on the tests' model and data, two steps: warm-up, cosine, accumulation."""
+    path = tmp_path / f"{name}.yaml"
+    path.write_text((REPO / "configs" / f"{name}.yaml").read_text().replace("seq_len: 256", "seq_len: 16"))
+    flags = ["--config", str(path), "--data.source", str(data), "--run.dir", str(tmp_path / "run")]
+    flags += ["--training.steps", "2", "--training.batch_size", "16"]
+    base = str(bases["float32"])
+    if name == "tiny-lora":
+        cfg = parse_run_config([*flags, "--lora.base", base, "--lora.base_quantize", "int4:16"])
+        assert cfg.model == MODEL and cfg.lora.targets == ("all-linear",)
+    else:
+        cfg = parse_run_config([*flags, "--init.checkpoint", base])
+        cfg = dataclasses.replace(cfg, model=MODEL)
+    assert (cfg.training.accumulate, cfg.optimizer.schedule) == (2, "cosine")
+    assert train(cfg) == 0
+    first, last = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < first["lr"] < last["lr"] and last["val_loss"] > 0  # still warming up
+    kind = load_checkpoint(step_folder(tmp_path / "run", 2)).manifest.kind
+    assert kind == ("adapter" if name == "tiny-lora" else "training")
