@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, ROOT, environment, write
+from benchmarks.common import RESULTS, environment, write
 
 WAYS = {
     "float32": [],
@@ -38,7 +38,6 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--runs", type=Path)
-    parser.add_argument("--output", type=Path, default=RESULTS / "fp8_training.json")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = flags.runs or Path(folder)
@@ -49,7 +48,7 @@ def main() -> int:
         "steps": flags.steps,
         "window": WINDOW,
     }
-    write(flags.output.stem, result | {"runs": compared(curves)})
+    write("fp8_training", result | {"runs": compared(curves)})
     for way, row in compared(curves).items():
         print(f"{way}: last {row['last']:.4f}, held out {row['held_out']:.4f}, off {row['off']}", flush=True)
     return 0
@@ -66,7 +65,7 @@ def curve(folder: Path, more: list[str], steps: int) -> dict[str, Any]:
     if len([line for line in lines if "ce_loss" in line]) < steps:
         command = [sys.executable, "train.py", "--config", "configs/tiny.yaml", "--run.dir", str(folder)]
         command += ["--training.steps", str(steps), "--checkpoint.every", str(steps), *more]
-        subprocess.run(command, cwd=ROOT, check=True)
+        subprocess.run(command, cwd=RESULTS.parents[1], check=True)
         lines = _metrics(folder)
     losses = {line["step"]: line["ce_loss"] for line in lines if "ce_loss" in line}
     return {"losses": [losses[n] for n in range(1, steps + 1)], "held_out": held_out(lines)}
