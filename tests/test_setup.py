@@ -255,3 +255,14 @@ def test_constraints_are_names_and_versions_alone(name: str) -> None:
     needed.discard(project["name"])  # an extra that includes another
     missing = {name.replace("_", "-") for name in needed} - {name.replace("_", "-") for name in pinned}
     assert missing == set(), "pyproject.toml asks for something that constraints/ does not pin"
+
+
+def test_every_conversion_is_a_command() -> None:
+    tools = sorted(
+        file.stem for file in (REPO / "convert").glob("*.py") if "\n    command(" in file.read_text()
+    )
+    assert len(tools) >= 9
+    (listed,) = re.findall(r"^    ([a-z_ |]+)\) shift ;;$", RUN.read_text(), re.M)
+    assert sorted(listed.split(" | ")) == tools
+    for tool in tools:
+        assert re.search(rf"^  convert TOOL .*\b{tool}\b", RUN.read_text(), re.M), tool
