@@ -39,7 +39,11 @@ def convert(src: Path, base: Path, dst: Path, force: bool = False, *, quiet: boo
     check_apart(src, dst)
     if not quiet:
         tell(found.notes)
-    where = {"path": str(source.folder.absolute()), "sha256": fingerprint(source.folder), "quantized": False}
+    where = {
+        "path": str(source.folder.absolute()),
+        "sha256": fingerprint(source.folder),
+        "rounded_to": "none",
+    }
     record = record_of(found.lora, where)
     return save_checkpoint(dst, source.cfg, {**found.pairs, "router": {}}, adapter=record, force=force)
 

@@ -434,6 +434,10 @@ class RunConfig:
             checkpoint, name = self.init.checkpoint, self.optimizer.name
             _require(checkpoint is None, "init.checkpoint", checkpoint, "none beside lora.base")
             _require(name == "adamw", "optimizer.name", name, "adamw where lora.rank is above 0")
+            products = self.training.products
+            _require(
+                products == "compute", "training.products", products, "compute where lora.rank is above 0"
+            )
         _require(
             self.training.seq_len <= self.model.max_position_embeddings,
             "training.seq_len",

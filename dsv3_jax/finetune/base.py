@@ -36,6 +36,7 @@ class FrozenBase:
       lora: the pairs that go with them.
       source: where they are.
       formats: quantisation format of each leaf that is quantised in memory.
+      rounded_to: the format that weights are rounded to while they are loaded; "none" if they stay as stored.
       abstract: {"params", "router"} as they will be in memory: shapes, `Quantized` leaves among them.
       sha256: what changes when the weights do, see `fingerprint`.
       notes: one line each for the user.
@@ -44,6 +45,7 @@ class FrozenBase:
     lora: Lora
     source: Source
     formats: dict[str, str]
+    rounded_to: str
     abstract: dict[str, Any]
     sha256: str
     notes: list[str]
@@ -63,7 +65,7 @@ class FrozenBase:
         return {
             "path": str(self.source.folder.absolute()),
             "sha256": self.sha256,
-            "quantized": self.formats != self.source.formats,
+            "rounded_to": self.rounded_to,
         }
 
     @property
@@ -89,11 +91,13 @@ def open_base(lora: LoraConfig, cfg: ModelConfig) -> FrozenBase:
         notes += more
     want = flatten_paths(abstract_variables(cfg))
     formats = {path: fmt for path, fmt in formats.items() if path in want}
+    stored = {path: fmt for path, fmt in source.formats.items() if path in want}
     paths = tuple(chosen_targets(want, lora.targets))
     return FrozenBase(
         lora=Lora(lora.rank, lora.alpha, lora.rslora, paths),
         source=source,
         formats=formats,
+        rounded_to="none" if formats == stored else lora.base_quantize,
         abstract=_abstract(source, formats, set(want)),
         sha256=fingerprint(source.folder),
         notes=notes,

@@ -73,11 +73,15 @@ def check_base(folder: Path, base: FrozenBase) -> None:
 
 
 def whole(folder: Path) -> None:
-    """Raises DataError when a folder of ours is not as its manifest says."""
+    """Raises DataError when a folder of ours is not as its manifest says, every byte of it but the optimiser's."""
     read_manifest(folder)
-    problems = problems_of(folder)
+    problems = problems_of(folder) or problems_of(folder, hashes=True, only=_is_read)
     if problems:
         raise DataError("\n  ".join([f"{folder}: not a whole adapter", *problems[:20]]))
+
+
+def _is_read(name: str) -> bool:
+    return not name.startswith(f"{layout.OPTIMIZER}/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +102,8 @@ class Adapter:
     folder: Path
     notes: list[str]
 
-    def check_model(self, abstract: Mapping[str, Any], base: Path) -> list[str]:
-        """Notes on using the pairs with the weights at `base`.
+    def check_model(self, abstract: Mapping[str, Any], base: Path, quantize: str | None = None) -> list[str]:
+        """Notes on using the pairs with the weights at `base`, rounded to the format `quantize` if one is given.
 
         Raises ConfigError naming the first pair that does not fit the model.
         """
@@ -117,6 +121,10 @@ class Adapter:
         if known and known != fingerprint(base):
             where = self.base.get("path")
             return [f"the adapter was trained on other weights ({where}) than those of {base}"]
+        rounded_to = self.base.get("rounded_to", "none")
+        if rounded_to not in ("none", quantize):
+            here = "not" if quantize is None else f"rounded to {quantize}"
+            return [f"the adapter was trained on these weights rounded to {rounded_to}; here they are {here}"]
         return []
 
     @property

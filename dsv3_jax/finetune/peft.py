@@ -33,6 +33,12 @@ from dsv3_jax.hf.tensors import cast
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+_CHANGES = (
+    "use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "use_qalora", "use_bdlora", "layer_replication",
+    "alora_invocation_tokens", "trainable_token_indices",
+)  # fmt: skip
+"""Options that, set to anything, give a pair another meaning than W + scale * b a."""
+
 Factors = tuple[np.ndarray, np.ndarray]
 
 
@@ -203,19 +209,25 @@ def read(
 
 
 def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+    alphas = config.get("alpha_pattern") or {}
+    init = config.get("init_lora_weights")
     wrong = {
         "peft_type": config.get("peft_type") != "LORA",
         "bias": config.get("bias", "none") != "none",
-        "use_dora": bool(config.get("use_dora")),
-        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-        "modules_to_save": bool(config.get("modules_to_save")),
-        "lora_bias": bool(config.get("lora_bias")),
-        "r": not isinstance(config.get("r"), int),
-        "lora_alpha": not isinstance(config.get("lora_alpha"), (int, float)),
+        "r": type(config.get("r")) is not int,
+        "lora_alpha": not _is_alpha(config.get("lora_alpha")),
+        "alpha_pattern": not isinstance(alphas, dict) or not all(map(_is_alpha, alphas.values())),
+        # These change the frozen weights too, when PEFT opens the adapter.
+        "init_lora_weights": isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")),
+        **{key: bool(config.get(key)) for key in _CHANGES},
     }
     for key, bad in wrong.items():
         if bad:
             raise ConfigError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, which is not supported")
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _modules(folder: Path) -> dict[str, Factors]:
@@ -234,6 +246,12 @@ def _modules(folder: Path) -> dict[str, Factors]:
     single = [module for module, half in halves.items() if len(half) != 2]
     if single:
         raise DataError(f"{file}: {single[0]} has one factor of two")
+    for module, half in halves.items():
+        a, b = half["A"].shape, half["B"].shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
+            raise DataError(
+                f"{file}: the factors of {module} are {list(a)} and {list(b)}; [rank, in] and [out, rank]"
+            )
     return {module: (half["A"], half["B"]) for module, half in halves.items()}
 
 
@@ -258,14 +276,14 @@ def _by_matrix(
             left.append(module)
             continue
         E = cfg.n_routed_experts
-        r = a.shape[0] // E
+        r, rest = divmod(a.shape[0], E)
+        if rest:
+            raise ConfigError(f"{folder}: {module}: {a.shape[0]} rows of A are not those of {E} experts")
         a_ErK, b_RrE = a.reshape(E, r, -1), b.reshape(b.shape[0], r, E)
         down = entries[f"{owner}.0.down_proj"].hf_shape
         # Which parameter it is: down's columns are the experts' width, whatever is nested in what.
         is_down = a.shape[1] == down[1] and b.shape[0] == down[0]
         name = _DOWN if is_down else _GATE_UP
-        if down[0] == 2 * down[1] and down[1] == down[0]:
-            raise ConfigError(f"{folder}: {module}: gate and up cannot be told from down by their shapes")
         scale = _scale(config, f"{owner.removesuffix('mlp.experts')}{name}", r)
         for e in range(E):
             if is_down:
@@ -281,7 +299,11 @@ def _by_matrix(
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})$", module):
+        try:
+            found = re.fullmatch(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise DataError(f"{CONFIG}: alpha_pattern {pattern!r}: {error}") from None
+        if found:
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

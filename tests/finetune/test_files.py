@@ -23,6 +23,7 @@ from dsv3_jax.finetune.files import open_adapter, record_of
 from dsv3_jax.hf.rules import flatten_paths
 from dsv3_jax.hf.safetensors import read_header
 from dsv3_jax.inference.batch import Job, run_file
+from dsv3_jax.inference.load import open_model
 from dsv3_jax.inference.options import Sampling
 from dsv3_jax.model import abstract_variables, init_variables
 from dsv3_jax.text import Tokenizer
@@ -41,8 +42,10 @@ def pairs_of(cfg: ModelConfig, targets: tuple[str, ...], **values: Any) -> tuple
     return lora, jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), pairs)
 
 
-def save_adapter(folder: Path, base: Path, cfg: ModelConfig, lora: Lora, pairs: Any) -> Path:
-    record = record_of(lora, {"path": str(base), "sha256": fingerprint(base), "quantized": False})
+def save_adapter(
+    folder: Path, base: Path, cfg: ModelConfig, lora: Lora, pairs: Any, rounded_to: str = "none"
+) -> Path:
+    record = record_of(lora, {"path": str(base), "sha256": fingerprint(base), "rounded_to": rounded_to})
     save_checkpoint(folder, cfg, {"params": pairs, "router": {}}, adapter=record)
     return folder
 
@@ -157,10 +160,48 @@ def test_a_peft_folder_of_some_layers_and_of_separate_experts(
         ("use_dora", True, "use_dora is True"),
         ("peft_type", "IA3", "peft_type is 'IA3'"),
         ("modules_to_save", ["lm_head"], "modules_to_save is"),
+        ("alora_invocation_tokens", [1], "alora_invocation_tokens is"),
+        ("layer_replication", [[0, 2]], "layer_replication is"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights is 'pissa_niter_4'"),
+        ("lora_alpha", 0, "lora_alpha is 0"),
+        ("alpha_pattern", ["q_a_proj"], "alpha_pattern is"),
+        ("r", True, "r is True"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ConfigError, match=message):
             open_adapter(folder, CFG, abstract_variables(CFG))
+
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": {"(": 1}}))
+    with pytest.raises(DataError, match=r"alpha_pattern '\('"):
+        open_adapter(folder, CFG, abstract_variables(CFG))
+
+
+E = CFG.n_routed_experts
+
+
+@pytest.mark.parametrize(
+    ("module", "a", "b", "message"),
+    [
+        ("0.self_attn.q_a_proj", (3, CFG.hidden_size), (CFG.q_lora_rank, 2), "factors of .*q_a_proj are"),
+        ("0.self_attn.q_a_proj", (CFG.hidden_size,), (CFG.q_lora_rank, 1), "factors of .*q_a_proj are"),
+        ("0.self_attn.q_a_proj", (3, CFG.hidden_size + 1), (CFG.q_lora_rank, 3), "the model's weight is"),
+        ("1.mlp.experts", (E + 1, CFG.moe_intermediate_size), (CFG.hidden_size, E + 1), "not those of"),
+        ("1.mlp.experts", (E, CFG.hidden_size), (CFG.moe_intermediate_size, E), "the model's weight is"),
+    ],
+)
+def test_peft_factors_that_do_not_fit_are_refused(
+    tmp_path: Path, module: str, a: tuple[int, ...], b: tuple[int, ...], message: str
+) -> None:
+    from tests.convert.folders import safetensors_bytes
+
+    name = f"base_model.model.model.layers.{module}"
+    tensors = {
+        f"{name}.lora_{half}.weight": np.ones(shape, np.float32) for half, shape in (("A", a), ("B", b))
+    }
+    (tmp_path / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6}))
+    with pytest.raises((ConfigError, DataError), match=message):
+        open_adapter(tmp_path, CFG, abstract_variables(CFG))
 
 
 def decode(folder: Path, checkpoint: Path, **values: Any) -> list[dict[str, Any]]:
@@ -222,6 +263,24 @@ def test_a_damaged_adapter_is_refused(folders: dict[str, Path], tmp_path: Path) 
     lora, pairs = pairs_of(CFG, ("o_proj",))
     folder = save_adapter(tmp_path / "adapter", folders["base"], CFG, lora, pairs)
     chunk = next(file for file in (folder / "weights").rglob("c.*") if file.is_file())
-    chunk.write_bytes(chunk.read_bytes()[:-1])
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-1])
     with pytest.raises(DataError, match="not a whole adapter"):
         open_adapter(folder, CFG, abstract_variables(CFG))
+    chunk.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=f"{chunk.name}: SHA-256"):
+        open_adapter(folder, CFG, abstract_variables(CFG))
+
+
+def test_a_base_that_was_rounded_in_training_is_told_where_it_is_not(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    lora, pairs = pairs_of(CFG, ("o_proj",))
+    folder = save_adapter(tmp_path / "adapter", folders["base"], CFG, lora, pairs, "int4:16")
+    abstract = abstract_variables(CFG)
+    found = open_adapter(folder, CFG, abstract)
+    assert found.check_model(abstract, folders["base"], "int4:16") == []
+    (note,) = found.check_model(abstract, folders["base"])
+    assert "rounded to int4:16; here they are not" in note
+    (note,) = open_model(folders["base"], adapter=folder, quantize="int8").notes[-1:]
+    assert "rounded to int4:16; here they are rounded to int8" in note

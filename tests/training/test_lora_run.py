@@ -221,6 +221,8 @@ def test_what_is_refused(bases: dict[str, Path], data: Path, tmp_path: Path) -> 
     cfg = step_config(bases["int4"])
     with pytest.raises(ConfigError, match=r"optimizer.name is 'muon'; expected adamw"):
         tiny.replace(cfg, "optimizer", name="muon")
+    with pytest.raises(ConfigError, match=r"training.products is 'fp8'; expected compute where lora.rank"):
+        tiny.replace(cfg, "training", products="fp8")
     with pytest.raises(ConfigError, match=r"mesh.tensor is 2; expected 1 with a quantised base"):
         make_train_step(cfg, tiny.mesh(tensor=2), open_base(cfg.lora, cfg.model))
     other = dataclasses.replace(MODEL, rope_theta=1.0)
