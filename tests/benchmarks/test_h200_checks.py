@@ -6,12 +6,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.h200 import checks, compiler
 from benchmarks.h200.compiler import Report
-from benchmarks.h200.programs import Program, all_programs
-from benchmarks.shapes import MODEL_2B
+from benchmarks.h200.programs import Program, all_programs, inference_weights
+from benchmarks.shapes import MODEL_2B, MODEL_TINY
+from dsv3_jax.inference.weights import unstack_layers
+from dsv3_jax.model import abstract_variables
+from dsv3_jax.quantization.leaf import implemented
+from tests.quantization.coded import quantized_variables
 
 PTXAS = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'body_mosaic_gpu_kernel' for 'sm_90a'
@@ -130,6 +135,15 @@ def test_a_copy_of_the_cache_is_seen():
 def test_programs_have_names_of_their_own():
     names = [program.name for program in all_programs()]
     assert len(set(names)) == len(names) > 8
+
+
+@pytest.mark.parametrize("fmt", ["int4:16", "fp8+act8"])
+def test_programs_with_quantised_weights_have_the_leaves_that_loading_makes(fmt):
+    """The same shapes, types and static parts as those of matrices that were rounded."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_variables(MODEL_TINY))
+    real = unstack_layers(MODEL_TINY, quantized_variables(MODEL_TINY, zeros, fmt)[0])
+    abstract = jax.eval_shape(lambda: implemented(real, "mosaic"))
+    assert inference_weights(MODEL_TINY, fmt, "mosaic") == abstract
 
 
 @pytest.mark.skipif(compiler.why_not() is not None, reason=f"NOT RUN: {compiler.why_not()}")
