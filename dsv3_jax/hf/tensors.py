@@ -181,7 +181,9 @@ def _rows_of(info: TensorInfo, first: int, stop: int, height: int, seen: _Seen) 
 
 
 def _checked(info: TensorInfo, part: np.ndarray) -> np.ndarray:
-    """`part`, unless it holds scales that no rounding makes. Raises DataError."""
+    """`part`, unless it holds scales or codes that no rounding makes. Raises DataError."""
+    if info.dtype == FP8 and part.size and (part.view(np.uint8) & 0x7F).max() == 0x7F:
+        raise DataError(f"{info.name}: a code is NaN: the file is damaged")
     if info.dtype in SCALES:
         values = part.astype(np.float32)
         if not (np.isfinite(values) & (values >= 0)).all():

@@ -158,6 +158,23 @@ def test_damaged_scales_are_refused_and_nothing_is_left(tmp_path: Path, bad: flo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+@pytest.mark.parametrize("bad", [0x7F, 0xFF])
+@pytest.mark.parametrize("dtype", ["keep", "float32"])
+def test_codes_of_nan_are_refused_in_conversion_and_in_loading(tmp_path: Path, bad: int, dtype: Any) -> None:
+    """A kernel that multiplies codes as they are stored takes them for 480."""
+    raw, tensors = folders.tensors_of("v3")
+    tensors = folders.quantized(tensors, BLOCK)
+    name = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"
+    tensors[name].view(np.uint8)[-1, -1] = bad
+    folders.write(tmp_path / "hf", {**raw, "quantization_config": FP8}, tensors)
+    source = open_source(tmp_path / "hf", folders.abstract_variables)
+    with pytest.raises(DataError, match=f"{name}.*a code is NaN"):
+        source.load(formats=source.formats if dtype == "keep" else {})
+    with pytest.raises(DataError, match=f"{name}.*a code is NaN"):
+        from_hf.convert(tmp_path / "hf", tmp_path / "native", dtype=dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
 def test_a_missing_part_of_a_native_leaf_is_found(tmp_path: Path) -> None:
     fp8_folder(tmp_path / "hf", mtp=0)
     from_hf.convert(tmp_path / "hf", tmp_path / "native")

@@ -17,7 +17,7 @@ from jax import export
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul.pipeline import SHARED_BYTES
-from dsv3_jax.kernels.quantized_matmul import Coding, dequantize, mosaic
+from dsv3_jax.kernels.quantized_matmul import Coding, dequantize, mosaic, quantized_matmul
 from dsv3_jax.kernels.quantized_matmul.coding import e4m3_values
 from dsv3_jax.kernels.quantized_matmul.mosaic_codes import as_lanes, joined, offset, ordered, slices, unpack
 from dsv3_jax.kernels.quantized_matmul.mosaic_product import Tile, product
@@ -339,6 +339,18 @@ def test_tiles_that_leave_a_part_empty_are_refused():
     x, codes, scales = inputs(jax.random.key(6), shape, "int4")
     with pytest.raises(ValueError, match="not made of tiles"):
         product(x, (codes, scales, None), coding("int4", 512), Tile(8, 1, 2, splits=3))
+
+
+@needs_interpreter
+def test_int8_with_a_scale_for_several_rows():
+    """No format makes it, but a `Coding` may say it: rows beyond the first of a block have that block's scale."""
+    coding, shape = Coding("int8", 64, 256), Shape(3, 128, 256)
+    x, codes, _ = inputs(jax.random.key(5), shape, "int8")
+    scales = jnp.asarray([[0.5], [2.0]], jnp.float32)
+    with shim.interpret():
+        got = quantized_matmul(x, codes, scales, coding=coding, implementation="mosaic")
+    w = np.asarray(codes, np.float64) * np.repeat([0.5, 2.0], 64)[:, None]
+    assert_rounded_once(got, np.asarray(x, np.float64) @ w.T, jnp.bfloat16)
 
 
 @needs_interpreter

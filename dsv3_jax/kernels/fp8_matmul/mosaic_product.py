@@ -9,7 +9,8 @@ sets of sums are why a warpgroup has no more than 64 x 128 of the result.
 Per step a block loads its rows' codes and scales (kept [column blocks, rows], so that a step's scales are one line) and
 its columns' codes and scales. TMA copies whole lines of 128 bytes, so a weight's scale comes with the 31 after it.
 Both operands have the summed axis innermost, as 8-bit WGMMA needs: the stored [out, in]. What a box has beyond the
-array is zero: a last block of columns may be partial (576 = 4.5 x 128 rows of kv_a), and so may the summed axis.
+array is zero: a last block of columns may be partial (576 = 4.5 x 128 rows of kv_a). Rows and summed axis are filled up
+to whole tiles of TMA.
 
 Tiles go in bands of `band` row tiles, column by column, so that the rows of a band and the weights of the columns at
 work stay in the second-level cache. In the order of rows every row tile would stream a dense weight from memory.
@@ -37,6 +38,7 @@ from dsv3_jax.kernels.grouped_matmul.pipeline import (
     shared,
     store_rows,
     transforms,
+    whole_lines,
 )
 from dsv3_jax.kernels.grouped_matmul.schedule import EXPERT, ROW, ROWS, schedule
 from dsv3_jax.kernels.shim import pl, plgpu
@@ -104,9 +106,12 @@ def product(
     if not tile.fits() or K % 16 or F % LINE:
         raise ValueError(f"the product of {x.codes.shape} and {w.codes.shape} is not made of tiles {tile}")
     x_NK, x_scales_GN = x
-    if N < tile.rows:  # a box is no larger than the array
-        x_NK = jnp.pad(x_NK, ((0, tile.rows - N), (0, 0)))
-        x_scales_GN = jnp.pad(x_scales_GN, ((0, 0), (0, tile.rows - x_scales_GN.shape[1])))
+    w_EFK, more_rows, more_columns = w.codes, whole_lines(N, tile.rows) - N, -K % BLOCK
+    if more_rows or more_columns:
+        x_NK = jnp.pad(x_NK, ((0, more_rows), (0, more_columns)))
+        x_scales_GN = jnp.pad(x_scales_GN, ((0, 0), (0, max(tile.rows - x_scales_GN.shape[1], 0))))
+    if more_columns:  # few widths; not those of stored weights of V3 and 16B-A3B
+        w_EFK = jnp.pad(w_EFK, ((0, 0), (0, 0), (0, more_columns)))
     # Lines begin at multiples of 16 bytes.
     w_scales = jnp.pad(w.scales, ((0, 0), (0, 0), (0, max(-steps % 4, SCALES - steps))))
     plan = schedule(group_sizes_E, N, tile.rows)
@@ -235,4 +240,4 @@ def product(
             consumed(tile.cluster, tile.stages),
         ),
     )
-    return run(plan.tiles, plan.live, x_NK, x_scales_GN, w.codes, w_scales)
+    return run(plan.tiles, plan.live, x_NK, x_scales_GN, w_EFK, w_scales)

@@ -13,7 +13,7 @@ from jax import lax
 
 from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.fp8_matmul.quantize import BLOCK, Coded, quotients, scales_of
-from dsv3_jax.kernels.grouped_matmul.pipeline import LINE
+from dsv3_jax.kernels.grouped_matmul.pipeline import LINE, whole_lines
 from dsv3_jax.kernels.shim import pl, plgpu
 
 # A copy's lines begin at multiples of 16 bytes.
@@ -23,8 +23,8 @@ SCALES_ALIGNED = 4
 def quantize_lines(x_NK: jax.Array) -> Coded:
     """Codes [N, K] and scales [ceil(K / 128), N'], N' the next multiple of 4; a 16-bit type, K a multiple of 16."""
     N, K = x_NK.shape
-    pads = max(LINE - N, 0), max(BLOCK - K, 0)
-    if any(pads):  # a box is no larger than the array
+    pads = whole_lines(N, LINE) - N, -K % BLOCK
+    if any(pads):
         x_NK = jnp.pad(x_NK, ((0, pads[0]), (0, pads[1])))
     rows, columns = x_NK.shape
     down, across = -(-rows // LINE), -(-columns // BLOCK)

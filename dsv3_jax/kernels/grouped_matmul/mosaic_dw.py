@@ -30,6 +30,7 @@ from dsv3_jax.kernels.grouped_matmul.pipeline import (
     ring,
     shared,
     transforms,
+    whole_lines,
 )
 from dsv3_jax.kernels.shim import pl, plgpu
 
@@ -65,8 +66,7 @@ def weight_gradient(
     down, across = F // (tile.rows * tile.cluster), D // tile.columns
     if down * tile.rows * tile.cluster != F or across * tile.columns != D:
         raise ValueError(f"dw of {x_ND.shape} and {dy_NF.shape} is not made of tiles {tile}")
-    if N < LINE:
-        x_ND, dy_NF = (jnp.pad(a, ((0, LINE - N), (0, 0))) for a in (x_ND, dy_NF))
+    x_ND, dy_NF = (jnp.pad(a, ((0, whole_lines(N, LINE) - N), (0, 0))) for a in (x_ND, dy_NF))
     ends_E = jnp.cumsum(group_sizes_E)
     groups = jnp.stack([ends_E - group_sizes_E, ends_E]).astype(jnp.int32)
     cores, blocks = grid(tile.cluster)

@@ -31,6 +31,7 @@ from dsv3_jax.kernels.grouped_matmul.pipeline import (
     shared,
     store_rows,
     transforms,
+    whole_lines,
 )
 from dsv3_jax.kernels.grouped_matmul.schedule import EXPERT, ROW, ROWS, schedule
 from dsv3_jax.kernels.shim import pl, plgpu
@@ -86,8 +87,7 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
     across = F // (tile.columns * tile.cluster)
     if K % LINE or across * tile.columns * tile.cluster != F:
         raise ValueError(f"{kind} of {x_ND.shape} and {w.shape} is not made of tiles {tile}")
-    if N < tile.rows:
-        x_ND = jnp.pad(x_ND, ((0, tile.rows - N), (0, 0)))
+    x_ND = jnp.pad(x_ND, ((0, whole_lines(N, tile.rows) - N), (0, 0)))
     plan = schedule(group_sizes_E, N, tile.rows)
     cores, blocks = grid(tile.cluster)
     widths = {"swiglu+": (F, 2 * F)}.get(kind, (F,))

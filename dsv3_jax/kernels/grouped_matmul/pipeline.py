@@ -23,6 +23,11 @@ def transforms(rows: int, width: int = LINE) -> tuple[Any, ...]:
     return plgpu.TilingTransform((rows, width)), plgpu.SwizzleTransform(2 * width)
 
 
+def whole_lines(N: int, least: int) -> int:
+    """Rows, for N, that TMA takes in tiles of 8 (`transforms`): a multiple of 8, and no fewer than a box has."""
+    return max(-(-N // 8) * 8, least)
+
+
 def ring(step: jax.Array, stages: int) -> jax.Array:
     """The slot of a step."""
     return lax.rem(step, jnp.int32(stages))

@@ -74,9 +74,14 @@ def slices(coding: Coding, columns: int) -> Slices:
     """The cut for a matrix of that many columns that `why_not` takes."""
     pieces = 4 if coding.kind == "int4" else 2
     line = next(line for line in LINES if columns % (pieces * line) == 0)
-    whole = coding.kind == "int8" and coding.block_columns >= columns
+    whole = _of_rows(coding, columns)
     group = pieces * line if whole else min(coding.block_columns, pieces * line)
     return Slices(pieces, line, group, 0 if whole else coding.block_columns)
+
+
+def _of_rows(coding: Coding, columns: int) -> bool:
+    """Whether each row has one scale, applied to its finished sums."""
+    return coding.kind == "int8" and coding.block_rows == 1 and coding.block_columns >= columns
 
 
 def why_not(coding: Coding, columns: int) -> str | None:
@@ -87,7 +92,7 @@ def why_not(coding: Coding, columns: int) -> str | None:
         return f"activations are quantised to {coding.activations}"
     if columns % (pieces * LINES[-1]):
         return f"the input width {columns} is not a multiple of {pieces * LINES[-1]}"
-    if kind == "int8" and size >= columns:
+    if _of_rows(coding, columns):
         return None
     cut = slices(coding, columns)
     if size % cut.group or cut.columns % cut.group or cut.group < 32 or (kind == "int4" and size > cut.group):

@@ -29,6 +29,7 @@ from dsv3_jax.kernels.grouped_matmul.pipeline import (
     shared,
     store_rows,
     transforms,
+    whole_lines,
 )
 from dsv3_jax.kernels.grouped_matmul.schedule import EXPERT, ROW, ROWS, schedule
 from dsv3_jax.kernels.quantized_matmul.coding import Coding
@@ -97,7 +98,7 @@ def product(
         raise ValueError(f"codes {codes.shape} in {coding} are not made of tiles {tile}")
     across = -(-R // (tile.rows * tile.cluster))
     down = -(-N // tile.tokens)
-    x = jnp.pad(ordered(x_NK, cut, coding.kind), ((0, max(0, tile.tokens - N)), (0, 0)))
+    x = jnp.pad(ordered(x_NK, cut, coding.kind), ((0, whole_lines(N, tile.tokens) - N), (0, 0)))
     plan = tuple(schedule(group_sizes_E, N, tile.tokens)) if grouped else ()
     cores, blocks = grid(tile.cluster)
     whole = tile.splits == 1
