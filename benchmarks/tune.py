@@ -30,6 +30,8 @@ from dsv3_jax.kernels.cases import Case, all_cases
 Tiles = Mapping[str, Any]
 Found = dict[tuple[str, str], tuple[float, Tiles]]  # (program, class) -> operations of the case, parameters
 
+FAILURES = (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError)
+
 
 def main() -> int:
     """Try, tell, write."""
@@ -66,8 +68,8 @@ def tune(cases: list[Case], implementation: str, gain: float, calls: int, end: f
         sets = [case.make(key) for key in keys]
         try:
             wanted, first, watch = attempt(case, implementation, sets, {}, None, calls)
-        except ConfigError as error:
-            print(f"{case.name}: {error}", flush=True)
+        except (ConfigError, *FAILURES) as error:  # the other cases are still worth their time
+            print(f"{case.name}: {str(error).splitlines()[0]}", flush=True)
             continue
         assert first is not None
         print(f"{case.name}: {first:.4f} ms", flush=True)
@@ -82,7 +84,7 @@ def tune(cases: list[Case], implementation: str, gain: float, calls: int, end: f
                     return found
                 try:
                     _, spent, _ = attempt(case, implementation, sets, {program: tiles}, wanted, calls)
-                except (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+                except FAILURES as error:
                     print(f"  {program} {dict(tiles)}: {str(error).splitlines()[0][:120]}", flush=True)
                     continue
                 told = "WRONG" if spent is None else f"{spent:.4f} ms"

@@ -59,14 +59,23 @@ def main() -> int:
     result = measure(flags.only, flags.minutes, flags.dry_run, output)
     if flags.record:
         record(result)
-    wrong = [
-        f"{row['kernel']} {row['program']} {row['shape']} {name}"
-        for row in result.get("kernels", [])
-        for name, one in row["implementations"].items()
-        if one.get("right") is False
-    ]
+    wrong = wrong_ones(result)
     print(f"{len(wrong)} wrong: {', '.join(wrong)}" if wrong else "none wrong")
     return 1 if wrong else 0
+
+
+def wrong_ones(result: dict[str, Any]) -> list[str]:
+    """What was not within its bound, or failed on the device, in the tables that compare results."""
+    rows = [
+        (f"{row['kernel']} {row['program']} {row['shape']}", row["implementations"])
+        for row in result.get("kernels", [])
+    ]
+    for table in ("fp8", "quantized"):
+        rows += [
+            (" ".join([table, row["shape"], *filter(None, [row.get("format")])]), row["by"])
+            for row in result.get(table, [])
+        ]
+    return [f"{title} {name}" for title, by in rows for name, one in by.items() if one.get("right") is False]
 
 
 def measure(only: list[str], minutes: float, small: bool, output: Path | None) -> dict[str, Any]:

@@ -74,25 +74,32 @@ def run_case(case: Case, seed: int, calls: int, peaks: Row, with_rivals: bool) -
 
 
 def one(case: Case, name: str, sets: list[tuple], wanted: Any, calls: int, peaks: Row) -> Row:
-    """One implementation: refused, wrong, or right with its time."""
+    """One implementation: refused, wrong (also where the device fails), or right with its time."""
     function = jax.jit(functools.partial(case.function, implementation=name))
+    result: Row = {"classes": {}}
     try:
         with tables.watching() as watch:
-            compiled = function.lower(*sets[0])
+            lowered = function.lower(*sets[0])
+        classes = {kernel: c for (kernel, chosen), c in watch.kernels.items() if chosen == name}
+        result["classes"] = classes
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        result["compile_s"] = round(time.perf_counter() - start, 2)
+        poison(wanted)
+        result["error"] = error_of(jax.device_get(compiled(*sets[0])), wanted)
+        result["right"] = result["error"] <= case.bound
+        if result["right"]:
+            result["time"] = timed(compiled, sets, calls).row()
     except (ConfigError, NotImplementedError) as error:
         return {"refused": str(error)}
-    start = time.perf_counter()
-    compiled = compiled.compile()
-    result: Row = {"compile_s": round(time.perf_counter() - start, 2)}
-    result["classes"] = {
-        kernel: c for (kernel, implementation), c in watch.kernels.items() if implementation == name
-    }
-    poison(wanted)
-    result["error"] = error_of(jax.device_get(compiled(*sets[0])), wanted)
-    result["right"] = result["error"] <= case.bound
-    if result["right"]:
-        result["time"] = timed(compiled, sets, calls).row()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # the other cases are still worth their time
+        return result | failed(error)
     return finish(case, result, peaks)
+
+
+def failed(error: Exception) -> Row:
+    """Of an implementation that the device could not compile or run: wrong, with its words."""
+    return {"error": float("inf"), "right": False, "failed": str(error).splitlines()[0][:200]}
 
 
 def finish(case: Case, result: Row, peaks: Row) -> Row:
@@ -111,6 +118,8 @@ def lines(row: Row) -> Iterator[str]:
         for name, result in row.get(kind, {}).items():
             if "refused" in result:
                 yield f"  {name}: {result['refused']}"
+            elif "failed" in result:
+                yield f"  {name}: FAILED, {result['failed']}"
             elif "time" not in result:
                 yield f"  {name}: WRONG, error {result['error']:.2e} above {row['bound']:.0e}"
             else:

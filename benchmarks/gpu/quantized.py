@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.kernels import error_of
+from benchmarks.gpu.kernels import error_of, failed
 from benchmarks.gpu.rivals import timed as torch_timed
 from benchmarks.gpu.rivals import to_torch
 from benchmarks.gpu.rivals import why_not as why_not_torch
@@ -76,14 +76,15 @@ def compare(name: str, shape: Shape, text: str, calls: int, peaks: Row, small: b
     def add(label: str, function: Callable[..., Any], arrays: list[tuple]) -> None:
         try:
             ready = jax.jit(function).lower(*arrays[0]).compile()
+            poison(wanted)
+            found = error_of(jax.device_get(ready(*arrays[0])), wanted)
+            row["by"][label] = {"error": found, "right": found <= BOUND}
+            if found <= BOUND:
+                row["by"][label]["time"] = timed(ready, arrays, calls).row()
         except (ConfigError, NotImplementedError) as error:
             row["by"][label] = {"refused": str(error).splitlines()[0][:200]}
-            return
-        poison(wanted)
-        found = error_of(jax.device_get(ready(*arrays[0])), wanted)
-        row["by"][label] = {"error": found, "right": found <= BOUND}
-        if found <= BOUND:
-            row["by"][label]["time"] = timed(ready, arrays, calls).row()
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            row["by"][label] = failed(error)
 
     for label in ("mosaic", "reference"):
         add(label, functools.partial(by, implementation=label), sets)
@@ -93,7 +94,8 @@ def compare(name: str, shape: Shape, text: str, calls: int, peaks: Row, small: b
     for one in row["by"].values():
         if "time" in one:
             one["of_floor"] = floor / one["time"]["median"]
-            one["of_bfloat16"] = row["by"]["bfloat16"]["time"]["median"] / one["time"]["median"]
+            rival = row["by"]["bfloat16"].get("time", {}).get("median", float("nan"))
+            one["of_bfloat16"] = rival / one["time"]["median"]
     return row
 
 
@@ -143,7 +145,7 @@ def lines(rows: list[Row]) -> str:
                 f"{one['time']['median']:.4f} ms, {one['of_floor']:.2f} of the floor, "
                 f"{one['of_bfloat16']:.2f}x bfloat16, error {one['error']:.1e}"
                 if "time" in one
-                else f"WRONG {one['error']:.1e}"
+                else f"WRONG {one['error']:.1e} {one.get('failed', '')}"
             )
             text.append(f"  {label}: {told}")
     return "\n".join(text)

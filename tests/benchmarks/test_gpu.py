@@ -84,6 +84,35 @@ def test_an_implementation_is_right_wrong_or_refused_and_only_a_right_one_is_tim
     assert any("WRONG" in line for line in kernels.lines(row))
 
 
+def test_a_failure_of_the_device_is_a_wrong_result_and_not_the_end():
+    """As a kernel that the driver does not load, or that TMA does not take."""
+
+    def fails(x):
+        raise jax.errors.JaxRuntimeError("INTERNAL: an illegal address\nmore")
+
+    def cannot_lower(x):
+        raise ValueError("a box that TMA does not take")
+
+    implementations = {"mosaic": Implementation(fails), "spoilt": Implementation(cannot_lower)}
+    case = toy(
+        function=lambda x, *, implementation: call("toy", implementation, TOY | implementations, x),
+        implementations=("mosaic", "spoilt", "reference"),
+    )
+    row = kernels.run_case(case, 1, 1, PEAKS, with_rivals=False)
+    found = row["implementations"]
+    assert found["mosaic"]["failed"] == "INTERNAL: an illegal address" and found["reference"]["right"]
+    assert any("FAILED, a box" in line for line in kernels.lines(row))
+    by = {"by": {"bfloat16": {"right": True}, "mosaic": kernels.failed(ValueError("no"))}, "shape": "v3_o"}
+    wrong = command.wrong_ones({"kernels": [row], "fp8": [by], "quantized": [by | {"format": "int4"}]})
+    assert wrong == [
+        "toy forward one mosaic",
+        "toy forward one spoilt",
+        "fp8 v3_o mosaic",
+        "quantized v3_o int4 mosaic",
+    ]
+    assert "mosaic" not in kernels.shown_correct([row]).get("toy", {})
+
+
 def test_a_class_is_shown_correct_only_if_every_case_of_it_was_right():
     row = kernels.run_case(toy(), 1, 3, PEAKS, with_rivals=False)
     entry = {"error": 0.0, "bound": 1e-5, "cases": 1}
@@ -216,6 +245,14 @@ class TestTuning:
             [toy(tiles={"toy_forward": [{"rows": 2}]})], "mosaic", 0.999, 1, time.monotonic() + 60
         )
         assert found == {}
+
+    def test_a_case_that_cannot_be_compiled_is_told_and_the_next_is_tried(self, capsys):
+        def cannot(x, *, implementation):
+            raise ValueError("a box that TMA does not take")
+
+        cases = [toy(function=cannot, flops=1e3), toy(tiles={"toy_forward": []})]
+        assert tune.tune(cases, "mosaic", 0.02, 1, time.monotonic() + 60) == {}
+        assert "a box" in capsys.readouterr().out.splitlines()[0]
 
     def test_entries_are_merged_into_the_table(self, tmp_path):
         path = tmp_path / "tuning.json"
