@@ -138,3 +138,11 @@ def test_token_blocks_begin_with_their_group_and_hold_every_row_once():
     live = np.concatenate([np.arange(130), 256 + np.arange(5), 384 + np.arange(128)])
     np.testing.assert_allclose(got[live, 0], x[:263, 0], rtol=2**-4)
     assert np.count_nonzero(got[:, 0]) == 263  # neither the fill nor the rows left over
+
+
+def test_without_rows_the_weights_gradient_is_zero():
+    x, w = jnp.zeros((0, 256), jnp.bfloat16), jnp.ones((128, 256), jnp.bfloat16)
+    y, backward = jax.vjp(linear, x, w)
+    dx, dw = backward(y)
+    assert y.shape == (0, 128) and dx.shape == x.shape
+    np.testing.assert_array_equal(np.asarray(dw, np.float32), np.zeros(w.shape))

@@ -47,6 +47,21 @@ def test_dense(name, text, monkeypatch):
     np.testing.assert_array_equal(dequantize(parts, coding, x.shape[1], jnp.float32), w.astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("kv_a", "int8+act8"), *((n, t) for n in ("kv_a", "experts_decode") for t in (*FORMATS, "fp8+act8"))],
+)
+def test_without_rows_the_product_and_its_gradient_have_none(name, text):
+    shape = SHAPES[name]._replace(rows=0)
+    x, parts, coding, _ = case(shape, text)
+    if shape.experts:
+        sizes = jnp.zeros((shape.experts,), jnp.int32)
+        y, backward = jax.vjp(lambda x: grouped_quantized_matmul(x, *parts, sizes, coding=coding), x)
+    else:
+        y, backward = jax.vjp(lambda x: quantized_matmul(x, *parts, coding=coding), x)
+    assert y.shape == (0, shape.outputs) and backward(y)[0].shape == (0, shape.inputs)
+
+
 @pytest.mark.parametrize("text", FORMATS)
 def test_an_accelerator_takes_one_product_without_a_loop(text, monkeypatch):
     x, parts, coding, w = case(SHAPES["odd"], text)

@@ -121,6 +121,8 @@ def by_token_blocks(x_ND: Array, group_sizes_E: Array) -> tuple[Array, Array]:
     Every group is filled up with zeros to whole blocks: [P, D], P = 128 (N // 128 + E), sizes multiples of 128.
     """
     N, E = x_ND.shape[0], group_sizes_E.shape[0]
+    if N == 0:  # nothing to take from
+        return jnp.zeros((BLOCK * E, x_ND.shape[1]), jnp.float32), jnp.zeros_like(group_sizes_E)
     blocks_E = (group_sizes_E + BLOCK - 1) // BLOCK
     ends_E = jnp.cumsum(blocks_E)
     first_row_E, first_block_E = jnp.cumsum(group_sizes_E) - group_sizes_E, ends_E - blocks_E

@@ -38,10 +38,11 @@ class Coded(NamedTuple):
 def quantize_lines(x: Array, block: int = BLOCK) -> Coded:
     """[..., N, K] with a scale per row and `block` columns: scales [..., N, ceil(K / block)]."""
     K = x.shape[-1]
-    lines = _whole(x.astype(jnp.float32), {-1: block}).reshape(*x.shape[:-1], -1, block)
+    whole = _whole(x.astype(jnp.float32), {-1: block})
+    lines = whole.reshape(*x.shape[:-1], whole.shape[-1] // block, block)  # -1 would not do without rows
     scales = scales_of(jnp.max(jnp.abs(lines), axis=-1))
     codes = codes_of(lines, scales[..., None])
-    return Coded(codes.reshape(*x.shape[:-1], -1)[..., :K], scales)
+    return Coded(codes.reshape(whole.shape)[..., :K], scales)
 
 
 def quantize_blocks(w: Array, block: int = BLOCK) -> Coded:

@@ -126,8 +126,9 @@ def split_columns(x: Array, coding: Coding) -> list[Array]:
     """Columns [..., K] in the pieces that `dequantize_split` makes."""
     if coding.kind != "int4":
         return [x]
-    halves = x.reshape(*x.shape[:-1], -1, 2, coding.block_columns // 2)
-    return [halves[..., i, :].reshape(*x.shape[:-1], -1) for i in range(2)]
+    *lead, K = x.shape  # sizes are written out: there may be no rows
+    halves = x.reshape(*lead, K // coding.block_columns, 2, coding.block_columns // 2)
+    return [halves[..., i, :].reshape(*lead, K // 2) for i in range(2)]
 
 
 def join_columns(pieces: list[Array], coding: Coding) -> Array:
@@ -135,8 +136,9 @@ def join_columns(pieces: list[Array], coding: Coding) -> Array:
     if coding.kind != "int4":
         return pieces[0]
     half = coding.block_columns // 2
-    halves = [piece.reshape(*piece.shape[:-1], -1, 1, half) for piece in pieces]
-    return jnp.concatenate(halves, axis=-2).reshape(*pieces[0].shape[:-1], -1)
+    *lead, columns = pieces[0].shape
+    halves = [piece.reshape(*lead, columns // half, 1, half) for piece in pieces]
+    return jnp.concatenate(halves, axis=-2).reshape(*lead, 2 * columns)
 
 
 def _spread(blocks: Array, coding: Coding, rows: int, columns: int) -> Array:
