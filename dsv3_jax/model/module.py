@@ -144,7 +144,7 @@ def grouped_matmul(x_ND: Array, weight: Any, group_sizes_E: Array, *, implementa
     if isinstance(weight, Rounding):
         whole = weight.weight.astype(x_ND.dtype)
         matrices = whole.reshape(whole.shape[0], -1, whole.shape[-1])
-        return grouped_linear(x_ND, matrices, group_sizes_E, weight.implementation)
+        return grouped_linear(x_ND, matrices, group_sizes_E, weight.implementation, implementation)
     weight = weight.astype(x_ND.dtype)
     matrices = weight.reshape(weight.shape[0], -1, weight.shape[-1])
     return _grouped_matmul(x_ND, matrices, group_sizes_E, implementation=implementation)

@@ -237,7 +237,7 @@ def test_training_products_take_the_kernels_forward_and_backward(sizes):
     @functools.partial(jax.jit, static_argnums=0)
     def both(name):
         if sizes:
-            run = lambda x, w: grouped_linear(x, w, jnp.asarray(sizes, jnp.int32), name)  # noqa: E731
+            run = lambda x, w: grouped_linear(x, w, jnp.asarray(sizes, jnp.int32), name, name)  # noqa: E731
         else:
             run = lambda x, w: linear(x, w, name)  # noqa: E731
         y, back = jax.vjp(run, x, w)

@@ -125,16 +125,15 @@ def test_what_it_does_not_go_with_is_refused(variables):
 
 
 def test_kernels_are_chosen_for_it(variables):
-    """A named kernel that cannot run here ends the trace: the choice reaches the products."""
+    """A named kernel that cannot run here ends the trace: each choice reaches its products, and no others."""
+
+    def gradients(kernels):
+        chosen = dict(kernels=parse_kernels(kernels))
+        loss = lambda p: loss_fn(p, variables["router"], tiny.batch(), MODEL, RUN.training, **chosen)[0]  # noqa: E731
+        jax.eval_shape(jax.grad(loss), variables["params"])
+
     with pytest.raises(ConfigError, match="fp8_matmul: implementation 'mosaic' cannot run"):
-        jax.eval_shape(
-            lambda p: loss_fn(
-                p,
-                variables["router"],
-                tiny.batch(),
-                MODEL,
-                RUN.training,
-                kernels=parse_kernels("quantized_matmul=mosaic"),
-            ),
-            variables["params"],
-        )
+        gradients("quantized_matmul=mosaic")
+    with pytest.raises(ConfigError, match="grouped_matmul: implementation 'mosaic' cannot run"):
+        gradients("grouped_matmul=mosaic")
+    gradients("quantized_matmul=reference,grouped_matmul=auto")

@@ -45,8 +45,7 @@ def linear(x_NK: Array, w_RK: Array, implementation: str = "auto") -> Array:
 
     Args:
       w_RK: the weight as stored, [out, in].
-      implementation: of the forward and dX product, see `quantized_matmul.api.quantized_matmul`; of experts also of dW
-        (`grouped_matmul`).
+      implementation: of the forward and dX product, see `quantized_matmul.api.quantized_matmul`.
     """
     return _product(x_NK, quantize_blocks(w_RK), implementation)
 
@@ -80,9 +79,15 @@ def _transposed(w: Coded) -> Coded:
 # --- experts --------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_linear(x_ND: Array, w_EFD: Array, group_sizes_E: Array, implementation: str = "auto") -> Array:
-    """`linear` with rows sorted by expert, each times its expert's weight: [N, F]; rows left over give zeros."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_linear(
+    x_ND: Array, w_EFD: Array, group_sizes_E: Array, implementation: str = "auto", of_dw: str = "auto"
+) -> Array:
+    """`linear` with rows sorted by expert, each times its expert's weight: [N, F]; rows left over give zeros.
+
+    Args:
+      of_dw: implementation of dW, see `grouped_matmul`.
+    """
     return _grouped(x_ND, quantize_blocks(w_EFD), group_sizes_E, implementation)
 
 
@@ -92,12 +97,14 @@ def _grouped(x_ND: Array, w: Coded, group_sizes_E: Array, implementation: str) -
     )
 
 
-def _grouped_forward(x_ND: Array, w_EFD: Array, group_sizes_E: Array, implementation: str) -> Any:
-    y_NF = grouped_linear(x_ND, w_EFD, group_sizes_E, implementation)
+def _grouped_forward(x_ND: Array, w_EFD: Array, group_sizes_E: Array, implementation: str, of_dw: str) -> Any:
+    y_NF = grouped_linear(x_ND, w_EFD, group_sizes_E, implementation, of_dw)
     return y_NF, (quantize_lines(x_ND), w_EFD, group_sizes_E, jnp.zeros((0,), x_ND.dtype))
 
 
-def _grouped_backward(implementation: str, saved: Any, dy_NF: Array) -> tuple[Array, Array, np.ndarray]:
+def _grouped_backward(
+    implementation: str, of_dw: str, saved: Any, dy_NF: Array
+) -> tuple[Array, Array, np.ndarray]:
     x, w_EFD, group_sizes_E, like = saved
     no_gradient = np.zeros(group_sizes_E.shape, jax.dtypes.float0)
     if dy_NF.shape[0] == 0:
@@ -107,7 +114,7 @@ def _grouped_backward(implementation: str, saved: Any, dy_NF: Array) -> tuple[Ar
     x_PD, sizes_E = by_token_blocks(values(x), group_sizes_E)
     dy_PF, _ = by_token_blocks(dy_NF, group_sizes_E)
     x_PD, dy_PF = x_PD.astype(w_EFD.dtype), dy_PF.astype(w_EFD.dtype)
-    product = functools.partial(grouped_matmul, implementation=implementation)
+    product = functools.partial(grouped_matmul, implementation=of_dw)
     (dw_EFD,) = jax.vjp(lambda w: product(x_PD, w, sizes_E), w_EFD)[1](dy_PF)
     return dx_ND, dw_EFD, no_gradient
 
