@@ -52,6 +52,8 @@ def convert(
     notes = found.check_model(source.abstract, source.folder)
     check_apart(source.folder, dst)
     check_apart(found.folder, dst)
+    if source.formats:
+        notes.append(f"{len(source.formats)} quantised leaves are dequantised")
     if not quiet:
         tell([*source.notes, *found.notes, *notes])
     asked = SAFETENSORS_NAMES[dtype]

@@ -21,7 +21,7 @@ from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
 from dsv3_jax.hf.safetensors import DTYPES
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.quantization.choose import choose_formats
-from dsv3_jax.quantization.formats import parse_format
+from dsv3_jax.quantization.formats import as_stored, parse_format
 from dsv3_jax.quantization.leaf import Quantized
 
 _FREE = ("dtype", "initializer_range", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
@@ -124,7 +124,8 @@ def _compare(source: Source, cfg: ModelConfig) -> None:
 
 def _abstract(source: Source, formats: dict[str, str], want: set[str]) -> dict[str, Any]:
     abstract = flatten_paths(source.abstract)
-    kept = {path: fmt for path, fmt in formats.items() if source.formats.get(path) == fmt}
+    codes = {path: as_stored(fmt) for path, fmt in formats.items()}
+    kept = {path: fmt for path, fmt in codes.items() if source.formats.get(path) == fmt}
     wanted = {
         path: "F32" if path.startswith("router/") else source.leaf_dtypes.get(path, "BF16")
         for path in abstract

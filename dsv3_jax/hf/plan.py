@@ -289,7 +289,7 @@ def choose_dtypes(entries: Iterable[HFEntry], sources: Mapping[str, StoredTensor
             notes.append(f"{path}: its tensors are {mixed}; the stack is stored as {leaves[path]}")
     count = sum(tensor.scale is not None for tensor in sources.values())
     if count and dtype == "keep" and count > widened:
-        notes.append(f"{count - widened} quantised tensors are kept as they are")
+        notes.append(f"{count - widened} tensors are stored quantised")
     elif count and dtype != "keep":
         notes.append(f"{count} quantised tensors are dequantised and rounded once to {dtype}")
     return Dtypes(leaves, tensors, formats, notes)

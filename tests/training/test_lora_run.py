@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -30,6 +31,8 @@ from dsv3_jax.training.prepare import prepare
 from dsv3_jax.training.sources import Document
 from dsv3_jax.training.step import abstract_state, init_lora_state, make_eval_step, make_train_step
 from dsv3_jax.training.trainer import train
+from tests.convert import folders
+from tests.convert.test_quantized import fp8_folder
 from tests.training import tiny
 from tests.training.test_trainer import MODEL, _config
 
@@ -228,6 +231,22 @@ def test_what_is_refused(bases: dict[str, Path], data: Path, tmp_path: Path) -> 
     other = dataclasses.replace(MODEL, rope_theta=1.0)
     with pytest.raises(ConfigError, match=r"has model.rope_theta = 10000.0, the run's config 1.0"):
         open_base(cfg.lora, other)
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp8+act8"])
+@pytest.mark.parametrize("scales", [np.float32, ml_dtypes.float8_e8m0fnu, folders.BF16])
+def test_a_released_fp8_base_is_in_memory_what_its_shapes_say(
+    tmp_path: Path, scales: Any, quantize: str
+) -> None:
+    """Scales of every type; with FP8 activations the stored codes stay."""
+    fp8_folder(tmp_path / "hf", scales=scales)
+    cfg = open_source(tmp_path / "hf", abstract_variables).cfg
+    base = open_base(lora_config(tmp_path / "hf", base_quantize=quantize), cfg)
+    loaded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base.load())
+    assert jax.tree.flatten(loaded) == jax.tree.flatten(base.abstract)
+    assert base.rounded_to == quantize and set(base.formats.values()) == {
+        "fp8:16x16" + quantize.removeprefix("none").removeprefix("fp8")
+    }
 
 
 def test_the_model_is_the_bases(bases: dict[str, Path], tmp_path: Path) -> None:
