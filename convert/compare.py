@@ -24,6 +24,7 @@ from tyro.conf import Positional
 
 from convert.calibrate import read_tokens
 from convert.common import command, tell
+from dsv3_jax.checkpoint.atomic import make_parent
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.model import Transformer, abstract_variables
@@ -182,6 +183,10 @@ def main(
       window: tokens that are read in one go, at most.
       json_output: also write the figures here.
     """
+    if json_output is not None:  # told before the work, not after it
+        if json_output.is_dir():
+            raise ConfigError(f"--json-output {json_output} is a folder; expected a file")
+        make_parent(json_output)
     first, second = (open_source(folder, abstract_variables) for folder in (reference, other))
     tell([*first.notes, *second.notes])
     quality = compare(first, second, read_tokens(first, text, tokens, window, "--text"))

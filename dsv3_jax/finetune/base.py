@@ -124,8 +124,8 @@ def _compare(source: Source, cfg: ModelConfig) -> None:
 
 def _abstract(source: Source, formats: dict[str, str], want: set[str]) -> dict[str, Any]:
     abstract = flatten_paths(source.abstract)
-    codes = {path: as_stored(fmt) for path, fmt in formats.items()}
-    kept = {path: fmt for path, fmt in codes.items() if source.formats.get(path) == fmt}
+    stored_as = {path: as_stored(fmt) for path, fmt in formats.items()}
+    kept = {path: fmt for path, fmt in stored_as.items() if source.formats.get(path) == fmt}
     wanted = {
         path: "F32" if path.startswith("router/") else source.leaf_dtypes.get(path, "BF16")
         for path in abstract

@@ -14,7 +14,7 @@ from convert import calibrate, compare, from_hf, inspect, quantize
 from dsv3_jax.checkpoint import read_manifest, validate_step
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.source import Source, open_source
-from dsv3_jax.errors import ConfigError
+from dsv3_jax.errors import ConfigError, StorageError
 from dsv3_jax.hf.rules import HFEntry, flatten_paths, unflatten_paths
 from dsv3_jax.quantization import formats
 from dsv3_jax.quantization.awq import FOLDS
@@ -279,6 +279,16 @@ def test_a_model_is_like_itself(hf: Path, tmp_path: Path) -> None:
     quality = compare.compare(source, source, np.arange(64, dtype=np.int32).reshape(2, 32))
     assert quality.perplexity_ratio == 1 and quality.kl_mean == 0 and quality.greedy_agreement == 1
     assert quality.tokens == 62
+
+
+def test_a_file_that_figures_cannot_go_to_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compare, "open_source", lambda *_: pytest.fail("work began"))
+    for place, error in ((tmp_path, ConfigError), (tmp_path / "file" / "x.json", StorageError)):
+        with pytest.raises(error, match="folder"):
+            compare.main(tmp_path, tmp_path, tmp_path / "text", json_output=place)
 
 
 @pytest.mark.parametrize(
