@@ -102,7 +102,7 @@ class Job:
             kernels=self.kernels,
             speculative=self.speculative,
         )
-        weights = model.load()
+        weights = model.load(host=self.devices is not None)
         return Engine(
             model.cfg,
             weights,

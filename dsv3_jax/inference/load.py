@@ -32,7 +32,7 @@ class OpenedModel:
       eos_ids: from generation_config.json, else config.json, else the tokenizer.
       vocab_limit: ids from here on are never chosen; None without a tokenizer.json.
       identity: what changes when the weights, the config or the tokenizer change.
-      load: reads the weights onto the device.
+      load: reads the weights onto the device; with `host=True` onto the host, for a mesh.
       notes: one line each for the user.
     """
 
@@ -41,7 +41,7 @@ class OpenedModel:
     eos_ids: tuple[int, ...]
     vocab_limit: int | None
     identity: list[Any]
-    load: Callable[[], Weights]
+    load: Callable[..., Weights]
     notes: list[str]
 
 
@@ -101,11 +101,11 @@ def open_model(
         notes += [*pairs.notes, *pairs.check_model(source.abstract, source.folder, quantize)]
         pairs = pairs if multi_token else pairs.without_module()
 
-    def load() -> Weights:
+    def load(host: bool = False) -> Weights:
         variables = source.load(formats=formats)
         if pairs is not None:
             variables["params"] = attach(variables["params"], pairs.pairs["params"], pairs.lora)
-        return unstack_layers(cfg, variables)
+        return unstack_layers(cfg, variables, host=host)
 
     if tokenizer is None:
         tokenizer = Tokenizer.bytes()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.adapted import Adapted
@@ -36,8 +37,12 @@ class Weights(NamedTuple):
     mtp: dict[str, Any] | None = None
 
 
-def unstack_layers(cfg: ModelConfig, variables: Mapping[str, Any]) -> Weights:
-    """`Weights` from stacked variables {"params", "router"} (numpy or jax arrays); they are left as they are."""
+def unstack_layers(cfg: ModelConfig, variables: Mapping[str, Any], *, host: bool = False) -> Weights:
+    """`Weights` from stacked variables {"params", "router"} (numpy or jax arrays); they are left as they are.
+
+    Args:
+      host: leave them on the host, as numpy arrays, for a mesh: one of its devices need not hold them all.
+    """
     params, router = variables["params"], variables.get("router") or {}
     top = {name: leaf for name, leaf in params.items() if name not in ("dense", "moe", "mtp")}
     layers = []
@@ -45,15 +50,18 @@ def unstack_layers(cfg: ModelConfig, variables: Mapping[str, Any]) -> Weights:
         for at in range(number):
             layers.append(
                 {
-                    "params": _cast(params[kind], cfg.dtype, at),
-                    "router": _cast(router.get(kind, {}), "float32", at),
+                    "params": _cast(params[kind], cfg.dtype, at, host=host),
+                    "router": _cast(router.get(kind, {}), "float32", at, host=host),
                 }
             )
     mtp = None
     if cfg.num_nextn_predict_layers and "mtp" in params:
         own = {"params": params["mtp"], "router": router.get("mtp", {})}
-        mtp = {"params": _cast(own["params"], cfg.dtype, 0), "router": _cast(own["router"], "float32", 0)}
-    return Weights({"params": _cast(top, cfg.dtype)}, layers, mtp)
+        mtp = {
+            "params": _cast(own["params"], cfg.dtype, 0, host=host),
+            "router": _cast(own["router"], "float32", 0, host=host),
+        }
+    return Weights({"params": _cast(top, cfg.dtype, host=host)}, layers, mtp)
 
 
 def kinds(cfg: ModelConfig) -> Iterator[str]:
@@ -61,22 +69,23 @@ def kinds(cfg: ModelConfig) -> Iterator[str]:
     yield from ["dense"] * cfg.num_dense_layers + ["moe"] * cfg.num_moe_layers
 
 
-def _cast(tree: Mapping[str, Any], dtype: str, at: int | None = None) -> dict[str, Any]:
+def _cast(tree: Mapping[str, Any], dtype: str, at: int | None = None, *, host: bool) -> dict[str, Any]:
+    def placed(leaf: Any, kept: str | None = None) -> Any:
+        leaf = leaf if at is None else leaf[at]
+        if host:
+            return np.asarray(leaf, None if kept is None else jnp.dtype(kept))
+        # jnp.array, not asarray: a slice that shared memory would keep the whole stack alive.
+        return jax.device_put(jnp.array(leaf, dtype=kept))
+
     result: dict[str, Any] = {}
     for name, leaf in tree.items():
         if isinstance(leaf, Mapping):
-            result[name] = _cast(leaf, dtype, at)
-            continue
-        if isinstance(leaf, Adapted):
+            result[name] = _cast(leaf, dtype, at, host=host)
+        elif isinstance(leaf, Adapted):
             pair = {"base": leaf.base, "a": leaf.a, "b": leaf.b}
-            result[name] = dataclasses.replace(leaf, **_cast(pair, dtype, at))
-            continue
-        if isinstance(leaf, Quantized):
-            result[name] = jax.tree.map(
-                lambda part: jax.device_put(jnp.array(part)), leaf if at is None else leaf.layer(at)
-            )
-            continue
-        kept = "float32" if name in KEPT_FLOAT32 else dtype
-        # jnp.array, not asarray: a slice that shared memory would keep the whole stack alive.
-        result[name] = jax.device_put(jnp.array(leaf if at is None else leaf[at], dtype=kept))
+            result[name] = dataclasses.replace(leaf, **_cast(pair, dtype, at, host=host))
+        elif isinstance(leaf, Quantized):
+            result[name] = jax.tree.map(placed, leaf)
+        else:
+            result[name] = placed(leaf, "float32" if name in KEPT_FLOAT32 else dtype)
     return result

@@ -151,7 +151,7 @@ def main() -> int:
     def make_engine() -> Engine:
         return Engine(
             opened.cfg,
-            opened.load(),
+            opened.load(host=mesh is not None),
             options=options,
             eos_ids=opened.eos_ids,
             vocab_limit=opened.vocab_limit,

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,8 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.finetune import Lora, abstract_pairs, attach, chosen_targets, init_pairs, merge, split
 from dsv3_jax.finetune.targets import letters_of
 from dsv3_jax.hf.rules import flatten_paths
+from dsv3_jax.inference.batch import Job
+from dsv3_jax.inference.options import Sampling
 from dsv3_jax.inference.weights import unstack_layers
 from dsv3_jax.model import Transformer, abstract_variables, init_variables, make_cache
 from dsv3_jax.model.adapted import Adapted
@@ -20,6 +25,7 @@ from dsv3_jax.model.module import einsum, grouped_matmul, part
 from dsv3_jax.quantization.formats import parse_format, quantize
 from dsv3_jax.quantization.leaf import Quantized, quantized_leaf
 from tests.golden import cases
+from tests.inference import tiny
 from tests.quantization.coded import quantized_variables
 
 ALL = ("all-linear", "eh_proj")
@@ -250,3 +256,33 @@ def test_unstacked_layers_keep_their_pairs():
     assert isinstance(leaf, Adapted) and isinstance(leaf.base, Quantized)
     want = merge(attach(whole["params"], pairs, lora))["moe"]["mlp"]["experts"]["down_EDF"][-1]
     np.testing.assert_allclose(leaf.astype(jnp.float32), want, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_for_a_mesh_stay_on_the_host():
+    """One device need not hold them all; the values are those on the device, in bfloat16 too."""
+    cfg, variables = small()
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    pairs = drawn(lora_of(cfg, ("experts",)), variables)
+    base, _ = quantized_variables(cfg, variables, "int8")
+    tree = {**base, "params": attach(base["params"], pairs, lora_of(cfg, ("experts",)))}
+    host, device = (unstack_layers(cfg, tree, host=host) for host in (True, False))
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(host))
+    assert jax.tree.structure(host) == jax.tree.structure(device)
+    for ours, theirs in zip(jax.tree.leaves(host), jax.tree.leaves(device), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, np.asarray(theirs))
+
+
+@pytest.mark.parametrize(("mesh", "host"), [(None, False), ("data=2,expert=4", True)])
+def test_a_job_on_a_mesh_loads_on_the_host(mesh, host):
+    asked = []
+
+    def load(**options):
+        asked.append(options)
+        raise NotImplementedError
+
+    model: Any = SimpleNamespace(cfg=tiny.V3, load=load)
+    request: Any = SimpleNamespace(ids=[1, 2], sampling=Sampling(max_new_tokens=2))
+    with pytest.raises(NotImplementedError):
+        Job(Path("x"), Sampling(), batch_size=2, page_size=16, mesh=mesh).engine(model, [request])
+    assert asked == [{"host": host}]
