@@ -91,8 +91,8 @@ def not_finite_at(steps: tuple[int, ...], value: float = float("nan")) -> Iterat
     """Runs of this process meet a weight that is not finite in these steps, so neither loss nor gradients are."""
     real = trainer.make_train_step
 
-    def make(cfg: Any, mesh: Any) -> Any:
-        inner = real(cfg, mesh)
+    def make(*arguments: Any) -> Any:
+        inner = real(*arguments)
 
         def step(state: Any, batch: Any) -> Any:
             bad = jnp.isin(state.step + 1, jnp.array(steps))
