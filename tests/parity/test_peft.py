@@ -2,7 +2,7 @@
 
 Dense and shared layers are not among them: peft 0.21 takes their modules' names for the experts' (finetune/peft.py).
 
-Not run where `peft` is missing (it is no dependency of the project): pip install --no-deps peft accelerate.
+Not run where `peft` is missing: `./run setup --extras parity` installs it.
 """
 
 from __future__ import annotations
