@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from dsv3_jax.checkpoint import layout
+from dsv3_jax.checkpoint.native import copy_files, write_model_config
+from dsv3_jax.checkpoint.source import Source
 from dsv3_jax.errors import run_main
 
 Dtype = Literal["keep", "bfloat16", "float32"]
@@ -40,6 +43,20 @@ def summary(dst: Path, tensors: int, nbytes: int, started: float) -> str:
     """The last line of a conversion."""
     seconds = max(time.monotonic() - started, 1e-6)
     return f"{dst}: {tensors:,} tensors, {nbytes / 1e9:.3f} GB in {seconds:.1f} s ({nbytes / 1e6 / seconds:.0f} MB/s)"
+
+
+def write_companions(out: Path, source: Source) -> None:
+    """What goes with the weights of a checkpoint made from another: config, tokenizer, the files that travel along.
+
+    A manifest that a killed run left is removed: it is written last.
+    """
+    write_model_config(out, source.cfg)
+    tokenizer = sorted(source.tokenizer_dir.iterdir()) if source.tokenizer_dir else []
+    copy_files([file for file in tokenizer if file.name in layout.TOKENIZER_FILES], out / layout.TOKENIZER)
+    if source.hf_config is not None:
+        hf = source.folder if source.kind == "hf" else source.folder / layout.HF
+        copy_files([hf / "config.json", *source.files], out / layout.HF)
+    (out / layout.MANIFEST).unlink(missing_ok=True)
 
 
 def command(name: str, function: Callable[..., int | None]) -> NoReturn:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from convert.common import command, fingerprint, summary, tell, text_digest
+from convert.common import command, fingerprint, summary, tell, text_digest, write_companions
 from dsv3_jax.checkpoint import layout
 from dsv3_jax.checkpoint.atomic import check_apart, on_disk
 from dsv3_jax.checkpoint.jobs import Conversion, Job, check_early
 from dsv3_jax.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from dsv3_jax.checkpoint.native import copy_files, tree_record, write_model_config
+from dsv3_jax.checkpoint.native import tree_record
 from dsv3_jax.checkpoint.quantized import Stored, begin, scale_dtypes, stored_arrays
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.errors import ConfigError
@@ -103,13 +103,7 @@ def convert(
         begin(conversion, arrays)
         records = conversion.run(jobs, threads=1 if calibrated else None, quiet=quiet)
         out = conversion.out
-        write_model_config(out, source.cfg)
-        tokenizer = sorted(source.tokenizer_dir.iterdir()) if source.tokenizer_dir else []
-        copy_files([f for f in tokenizer if f.name in layout.TOKENIZER_FILES], out / layout.TOKENIZER)
-        if source.hf_config is not None:
-            hf = source.folder if source.kind == "hf" else source.folder / layout.HF
-            copy_files([hf / "config.json", *source.files], out / layout.HF)
-        (out / layout.MANIFEST).unlink(missing_ok=True)
+        write_companions(out, source)
         report = measure(source, formats, out, rounding if calibrated else "nearest", calibrated)
         write_report(report, out)
         manifest = write_manifest(
