@@ -29,13 +29,15 @@ from dsv3_jax.kernels.fp8_matmul.quantize import BLOCK, Coded
 from dsv3_jax.kernels.grouped_matmul.pipeline import (
     CONSUMERS,
     LINE,
-    await_cluster,
     consumed,
     drain,
+    fill,
     grid,
     persistent,
     ring,
+    share,
     shared,
+    skip,
     store_rows,
     transforms,
     whole_lines,
@@ -70,9 +72,7 @@ class Tile(NamedTuple):
     @property
     def warpgroup(self) -> tuple[int, int]:
         """Rows and columns of one warpgroup."""
-        if self.split == "rows":
-            return self.rows // CONSUMERS, self.columns
-        return self.rows, self.columns // CONSUMERS
+        return share(self.split, self.rows, self.columns)
 
     @property
     def blocks(self) -> int:
@@ -138,34 +138,19 @@ def product(
         def _load():
             plgpu.set_max_registers(40, action="decrease")
 
-            def visit(here, first):
-                expert, row, _, column, count = here
+            def copy(here, k, slot):
+                expert, row, _, column, _ = here
+                inner, rows = pl.ds(k * BLOCK, BLOCK), pl.ds(row, tile.rows)
+                plgpu.copy_gmem_to_smem(x.at[rows, inner], x_smem.at[slot], full.at[slot], **multicast)
+                plgpu.copy_gmem_to_smem(x_scales.at[k, rows], xs_smem.at[slot], full.at[slot], **multicast)
+                outer = pl.ds(column, tile.columns)
+                plgpu.copy_gmem_to_smem(w.at[expert, outer, inner], w_smem.at[slot], full.at[slot])
+                blocks = pl.ds(lax.div(column, jnp.int32(BLOCK)), tile.blocks)
+                plgpu.copy_gmem_to_smem(
+                    w_scales.at[expert, blocks, pl.ds(k, SCALES)], ws_smem.at[slot], full.at[slot]
+                )
 
-                def load(k, _):
-                    step = first + k
-                    slot = ring(step, tile.stages)
-
-                    @pl.when(step >= tile.stages)
-                    def wait_for_space():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    inner, rows = pl.ds(k * BLOCK, BLOCK), pl.ds(row, tile.rows)
-                    plgpu.copy_gmem_to_smem(x.at[rows, inner], x_smem.at[slot], full.at[slot], **multicast)
-                    plgpu.copy_gmem_to_smem(
-                        x_scales.at[k, rows], xs_smem.at[slot], full.at[slot], **multicast
-                    )
-                    outer = pl.ds(column, tile.columns)
-                    plgpu.copy_gmem_to_smem(w.at[expert, outer, inner], w_smem.at[slot], full.at[slot])
-                    blocks = pl.ds(lax.div(column, jnp.int32(BLOCK)), tile.blocks)
-                    plgpu.copy_gmem_to_smem(
-                        w_scales.at[expert, blocks, pl.ds(k, SCALES)], ws_smem.at[slot], full.at[slot]
-                    )
-
-                lax.fori_loop(0, count, load, None)
-                return first + count
-
-            taken = persistent(total, cores, place, visit)
-            await_cluster(taken, tile.stages, empty, tile.cluster)
+            fill(total, cores, place, 4, (tile.stages, empty, tile.cluster), copy)
 
         @pl.when(wg < CONSUMERS)
         def _multiply():
@@ -199,12 +184,7 @@ def product(
                 zeros = plgpu.layout_cast(jnp.zeros((R, C), jnp.float32), plgpu.Layout.WGMMA)
                 sums = lax.fori_loop(0, busy, multiply, zeros)
 
-                def skip(k, _):
-                    slot = ring(first + k, tile.stages)
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.barrier_arrive(empty.at[slot])
-
-                lax.fori_loop(busy, count, skip, None)
+                skip(first + busy, first + count, tile.stages, full, empty)
                 for i, c in enumerate(range(0, C, LINE)):
                     at = column + left + c
 

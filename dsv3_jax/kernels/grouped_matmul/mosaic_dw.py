@@ -22,9 +22,9 @@ from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul.pipeline import (
     CONSUMERS,
     LINE,
-    await_cluster,
     consumed,
     drain,
+    fill,
     grid,
     persistent,
     ring,
@@ -98,28 +98,15 @@ def weight_gradient(
         def _load():
             plgpu.set_max_registers(40, action="decrease")
 
-            def visit(here, start):
-                _, first, _, f, d, count = here
+            def copy(here, k, slot):
+                _, first, _, f, d, _ = here
+                rows = pl.ds(first + k * LINE, LINE)
+                plgpu.copy_gmem_to_smem(dy.at[rows, pl.ds(f, tile.rows)], dy_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    x.at[rows, pl.ds(d, tile.columns)], x_smem.at[slot], full.at[slot], **multicast
+                )
 
-                def load(k, _):
-                    step = start + k
-                    slot = ring(step, tile.stages)
-
-                    @pl.when(step >= tile.stages)
-                    def wait_for_space():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    rows = pl.ds(first + k * LINE, LINE)
-                    plgpu.copy_gmem_to_smem(dy.at[rows, pl.ds(f, tile.rows)], dy_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(
-                        x.at[rows, pl.ds(d, tile.columns)], x_smem.at[slot], full.at[slot], **multicast
-                    )
-
-                lax.fori_loop(0, count, load, None)
-                return start + count
-
-            taken = persistent(total, cores, place, visit)
-            await_cluster(taken, tile.stages, empty, tile.cluster)
+            fill(total, cores, place, 5, (tile.stages, empty, tile.cluster), copy)
 
         @pl.when(wg < CONSUMERS)
         def _multiply():

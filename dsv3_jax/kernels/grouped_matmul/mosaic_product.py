@@ -22,13 +22,15 @@ from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul.pipeline import (
     CONSUMERS,
     LINE,
-    await_cluster,
     consumed,
     drain,
+    fill,
     grid,
     persistent,
     ring,
+    share,
     shared,
+    skip,
     store_rows,
     transforms,
     whole_lines,
@@ -59,9 +61,7 @@ class Tile(NamedTuple):
     @property
     def warpgroup(self) -> tuple[int, int]:
         """Rows and columns of one warpgroup."""
-        if self.split == "rows":
-            return self.rows // CONSUMERS, self.columns
-        return self.rows, self.columns // CONSUMERS
+        return share(self.split, self.rows, self.columns)
 
     def shared_bytes(self, parts: int) -> int:
         """Shared memory of a block, with `parts` weights a tile; the barriers come to less than 1024."""
@@ -111,39 +111,26 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
         def _load():
             plgpu.set_max_registers(40, action="decrease")
 
-            def visit(here, first):
-                expert, row, _, column, count = here
+            def copy(here, k, slot):
+                expert, row, _, column, _ = here
+                inner = pl.ds(k * LINE, LINE)
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(row, tile.rows), inner], x_smem.at[slot], full.at[slot], **multicast
+                )
+                outer = pl.ds(column, tile.columns)
+                if kind == "dx":
+                    plgpu.copy_gmem_to_smem(w.at[expert, inner, outer], w_smem.at[slot], full.at[slot])
+                elif fused:
+                    for p in range(parts):
+                        plgpu.copy_gmem_to_smem(
+                            w.at[expert, p, outer, inner],
+                            w_smem.at[slot, pl.ds(p * tile.columns, tile.columns)],
+                            full.at[slot],
+                        )
+                else:
+                    plgpu.copy_gmem_to_smem(w.at[expert, outer, inner], w_smem.at[slot], full.at[slot])
 
-                def load(k, _):
-                    step = first + k
-                    slot = ring(step, tile.stages)
-
-                    @pl.when(step >= tile.stages)
-                    def wait_for_space():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    inner = pl.ds(k * LINE, LINE)
-                    plgpu.copy_gmem_to_smem(
-                        x.at[pl.ds(row, tile.rows), inner], x_smem.at[slot], full.at[slot], **multicast
-                    )
-                    outer = pl.ds(column, tile.columns)
-                    if kind == "dx":
-                        plgpu.copy_gmem_to_smem(w.at[expert, inner, outer], w_smem.at[slot], full.at[slot])
-                    elif fused:
-                        for p in range(parts):
-                            plgpu.copy_gmem_to_smem(
-                                w.at[expert, p, outer, inner],
-                                w_smem.at[slot, pl.ds(p * tile.columns, tile.columns)],
-                                full.at[slot],
-                            )
-                    else:
-                        plgpu.copy_gmem_to_smem(w.at[expert, outer, inner], w_smem.at[slot], full.at[slot])
-
-                lax.fori_loop(0, count, load, None)
-                return first + count
-
-            taken = persistent(total, cores, place, visit)
-            await_cluster(taken, tile.stages, empty, tile.cluster)
+            fill(total, cores, place, 4, (tile.stages, empty, tile.cluster), copy)
 
         @pl.when(wg < CONSUMERS)
         def _multiply():
@@ -184,12 +171,7 @@ def product(x_ND: jax.Array, w: jax.Array, group_sizes_E: jax.Array, tile: Tile,
                 def release_last():
                     plgpu.barrier_arrive(empty.at[ring(first + busy - 1, tile.stages)])
 
-                def skip(k, _):
-                    slot = ring(first + k, tile.stages)
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.barrier_arrive(empty.at[slot])
-
-                lax.fori_loop(busy, count, skip, None)
+                skip(first + busy, first + count, tile.stages, full, empty)
                 store(sums, row + top, own, column + left)
                 return first + count
 

@@ -78,6 +78,51 @@ def persistent(total: jax.Array, cores: int, place: Callable, visit: Callable) -
     return lax.fori_loop(0, mine, turn, (jnp.int32(0), place(jnp.minimum(core, total - 1))))[0]
 
 
+def fill(
+    total: jax.Array, cores: int, place: Callable, steps: int, ring_of: tuple[int, Any, int], copy: Callable
+) -> None:
+    """The warpgroup that loads: every step of this block's tiles into the ring, as slots become free.
+
+    Args:
+      steps: where `place` tells how many steps a tile has.
+      ring_of: stages, barriers of slots that were read, size of the cluster.
+      copy: `copy(here, k, slot)` starts the copies of a tile's step k.
+    """
+    stages, empty, cluster = ring_of
+
+    def visit(here, first):
+        def load(k, _):
+            step = first + k
+            slot = ring(step, stages)
+
+            @pl.when(step >= stages)
+            def wait_for_space():
+                plgpu.barrier_wait(empty.at[slot])
+
+            copy(here, k, slot)
+
+        lax.fori_loop(0, here[steps], load, None)
+        return first + here[steps]
+
+    await_cluster(persistent(total, cores, place, visit), stages, empty, cluster)
+
+
+def skip(begin: jax.Array, end: jax.Array, stages: int, full: Any, empty: Any) -> None:
+    """A consumer lets steps of the ring pass that it has no use for."""
+
+    def let_pass(step, _):
+        slot = ring(step, stages)
+        plgpu.barrier_wait(full.at[slot])
+        plgpu.barrier_arrive(empty.at[slot])
+
+    lax.fori_loop(begin, end, let_pass, None)
+
+
+def share(split: str, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of one of the CONSUMERS of a tile that is split by "rows" or by "columns"."""
+    return (rows // CONSUMERS, columns) if split == "rows" else (rows, columns // CONSUMERS)
+
+
 def drain(slots: int) -> None:
     """Until the oldest of `slots` blocks of shared memory on their way out may be overwritten."""
     # The interpreter counts every copy as a group of its own.

@@ -20,9 +20,9 @@ from jax import lax
 from dsv3_jax.kernels import shim
 from dsv3_jax.kernels.grouped_matmul.pipeline import (
     LINE,
-    await_cluster,
     consumed,
     drain,
+    fill,
     grid,
     persistent,
     ring,
@@ -142,34 +142,21 @@ def product(
         def _load():
             plgpu.set_max_registers(REGISTERS[tile.warpgroups][0], action="decrease")
 
-            def visit(here, first):
-                expert, token, _, row, begin, count, _ = here
+            def copy(here, k, slot):
+                expert, token, _, row, begin, _, _ = here
+                plgpu.copy_gmem_to_smem(
+                    of(codes, expert).at[pl.ds(row, tile.rows), pl.ds((begin + k) * cut.line, cut.line)],
+                    codes_smem.at[slot],
+                    full.at[slot],
+                )
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(token, tile.tokens), pl.ds((begin + k) * cut.columns, cut.columns)],
+                    x_smem.at[slot],
+                    full.at[slot],
+                    **multicast,
+                )
 
-                def load(k, _):
-                    step = first + k
-                    slot = ring(step, tile.stages)
-
-                    @pl.when(step >= tile.stages)
-                    def wait_for_space():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    plgpu.copy_gmem_to_smem(
-                        of(codes, expert).at[pl.ds(row, tile.rows), pl.ds((begin + k) * cut.line, cut.line)],
-                        codes_smem.at[slot],
-                        full.at[slot],
-                    )
-                    plgpu.copy_gmem_to_smem(
-                        x.at[pl.ds(token, tile.tokens), pl.ds((begin + k) * cut.columns, cut.columns)],
-                        x_smem.at[slot],
-                        full.at[slot],
-                        **multicast,
-                    )
-
-                lax.fori_loop(0, count, load, None)
-                return first + count
-
-            taken = persistent(total, cores, place, visit)
-            await_cluster(taken, tile.stages, empty, tile.cluster)
+            fill(total, cores, place, 5, (tile.stages, empty, tile.cluster), copy)
 
         @pl.when(wg < tile.warpgroups)
         def _multiply():
