@@ -144,7 +144,8 @@ def test_gradients_are_projections_of_the_full_gradient():
         for name, want in ((a, b_RO.mT @ G_RK), (b, G_RK @ a_OK.mT)):
             want = lora.scale * want.reshape(grads[name].shape)
             assert np.abs(want).max() > 0
-            np.testing.assert_allclose(grads[name], want, rtol=0, atol=1e-4 * np.abs(want).max())
+            # Two float32 computations of one gradient: 5.4e-5 apart under jax 0.10, 1.1e-4 to 2.4e-4 under 0.12.
+            np.testing.assert_allclose(grads[name], want, rtol=0, atol=5e-4 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("grouped", [False, True])
