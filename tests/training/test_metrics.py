@@ -16,6 +16,7 @@ from dsv3_jax.config import dump_yaml, to_mapping
 from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.model.counts import flops_per_token, leaves, train_flops_per_token
 from dsv3_jax.training import metrics
+from dsv3_jax.training.cards import throughput
 from dsv3_jax.training.charts import Series, line_chart, nice_ticks, number, smoothed
 from dsv3_jax.training.heat import frame_count, heat_map, heat_over_time
 from dsv3_jax.training.histogram import histogram
@@ -144,6 +145,19 @@ def test_charts_leave_out_what_is_not_finite_and_have_round_ticks() -> None:
     assert nice_ticks(0.0, 10.0, 5) == [0, 2, 4, 6, 8, 10]
     assert (number(12300.0), number(0.0), number(3e-4), number(0.25)) == ("12,300", "0", "3.0e-4", "0.25")
     np.testing.assert_allclose(smoothed([1.0, 2.0, None, 4.0, 5.0], 3), [1.0, 1.5, 3.0, 4.5, 5.0])  # type: ignore[list-item]
+
+
+def test_throughput_is_tokens_over_time_where_one_step_is_late_and_the_next_early() -> None:
+    """Of 150 steps of 100 tokens in 0.1 s each, one is told 0.19 s and the next 0.01 s: 1,000 tokens/s all the same."""
+    seconds = [0.1] * 150
+    seconds[70:72] = [0.19, 0.01]
+    records = [{"step": i, "tokens_per_s": 100 / s} for i, s in enumerate(seconds)]
+    (line,) = throughput([*records, {"step": 150, "tokens_per_s": 0.0}])
+    assert line.steps == list(range(150))
+    np.testing.assert_allclose(
+        np.delete(line.values, [69, 72]), 1000
+    )  # windows of three that hold both or neither
+    assert max(line.values) < 1500  # a mean of the rates would say 4,000
 
 
 def test_a_report_of_older_metrics_leaves_out_what_they_lack(tmp_path: Path) -> None:
