@@ -43,6 +43,7 @@ def main() -> int:
         flags.quantize,
         flags.mesh,
         flags.adapter,
+        flags.cache_dtype,
     )
     if flags.input is not None and flags.output is not None:
         return run_file(job, flags.input, flags.output)

@@ -82,6 +82,8 @@ class Flags:
     """Round attention and feed-forward weights while loading: int8, int8:GROUP, int4:GROUP, int4a:GROUP (with zero
     points) or fp8; fp8+act8 and int8+act8 also round the activations of those products (an FP8 checkpoint keeps its
     codes). Checkpoints that are quantised already stay so without it."""
+    cache_dtype: Literal["float32", "bfloat16", "int8", "fp8"] | None = None
+    """Storage of the cache; by default the compute type, on the CPU float32. int8 and fp8: codes, with scales."""
     kernels: str = "auto"
     """Implementation of attention and the experts' products: auto, reference or mosaic, with exceptions such as
     mosaic,grouped_matmul=reference."""

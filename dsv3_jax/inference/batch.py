@@ -50,6 +50,7 @@ class Job:
     quantize: str | None = None
     mesh: str | None = None
     adapter: Path | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         check(self.sampling, ConfigError, "--", dash=True)
@@ -101,6 +102,7 @@ class Job:
             max_logprobs=max(counts, default=None),
             kernels=self.kernels,
             speculative=self.speculative,
+            cache_dtype=self.cache_dtype,
         )
         weights = model.load(host=self.devices is not None)
         return Engine(
@@ -277,6 +279,7 @@ def _fingerprint(job: Job, model: OpenedModel, source: Path) -> dict[str, Any]:
             "speculative": job.speculative,
             "page_size": job.page_size,
             "dtype": model.cfg.dtype,
+            "cache_dtype": job.cache_dtype,
             "kernels": dataclasses.asdict(job.kernels),
         },
         "software": [dsv3_jax.__version__, jax.__version__, jax.default_backend()],

@@ -17,7 +17,7 @@ from dsv3_jax.inference.adjustments import begin_count
 from dsv3_jax.inference.placement import HERE, Placement
 from dsv3_jax.inference.programs import Programs
 from dsv3_jax.inference.sampling import Choosing, TokenLogprobs
-from dsv3_jax.inference.settings import EngineOptions, pages_of
+from dsv3_jax.inference.settings import EngineOptions, exact_dtype, pages_of
 from dsv3_jax.inference.table import RowTable
 from dsv3_jax.inference.weights import Weights, kinds
 from dsv3_jax.model import make_pages
@@ -255,7 +255,12 @@ def make_memory(cfg: ModelConfig, options: EngineOptions, shards: int = 1) -> st
     assert options.pages is not None
     layers = options.layers(cfg)
     latent, index = make_pages(
-        cfg, options.pages, options.page_size, layers=layers, dtype=options.cache_dtype
+        cfg,
+        options.pages,
+        options.page_size,
+        layers=layers,
+        dtype=options.cache_dtype,
+        exact_dtype=exact_dtype(cfg),
     )
     counts = None
     if cfg.num_moe_layers:

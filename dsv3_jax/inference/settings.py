@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 
 import jax
-import jax.numpy as jnp
 
 from dsv3_jax.config import AUTO_KERNELS, Kernels, ModelConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.inference.options import MAX_LOGPROBS
+from dsv3_jax.kernels.mla_decode.coded_pages import KINDS
+from dsv3_jax.model import make_pages
 
 GPU_SHARE = 0.85
 """Of the memory that is free once the weights are loaded; the rest is for what programs compute in."""
 
 MOST_DRAFTS = 8
 """Largest `EngineOptions.speculative`."""
+
+CACHE_DTYPES = ("float32", "bfloat16", *KINDS)
+"""Values of `EngineOptions.cache_dtype`."""
 
 TILES = {"cpu": (4, 32)}
 MANY_TILES = (16, 128)
@@ -51,14 +56,18 @@ class EngineOptions:
     max_logprobs: int | None = 20
     """Largest K of logprobs and prompt_logprobs; None: there are none, which saves compiling for them."""
     cache_dtype: str | None = None
-    """Storage of the cache; by default the compute type, on the CPU float32 (a 16-bit cache is converted as a whole
-    in every layer there)."""
+    """Storage of the cache, of `CACHE_DTYPES`; by default the compute type, on the CPU float32 (a 16-bit cache is
+    converted as a whole in every layer there). int8 and fp8 hold latents and index keys as codes."""
     kernels: Kernels = AUTO_KERNELS
     """Which implementation computes each kernel."""
     speculative: int = 0
     """Tokens that the multi-token module drafts at a time, checked together; 0: none. The text is the same."""
 
     def __post_init__(self) -> None:
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            raise ConfigError(
+                f"cache-dtype is {self.cache_dtype!r}; expected one of {', '.join(CACHE_DTYPES)}"
+            )
         for name, low, high in (
             ("rows", 1, 4096),
             ("page_size", 1, 65536),
@@ -103,7 +112,7 @@ def resolve(options: EngineOptions, cfg: ModelConfig, shards: int = 1) -> Engine
             "(num_nextn_predict_layers is 0)"
         )
     context = min(options.context or cfg.max_position_embeddings, cfg.max_position_embeddings)
-    dtype = options.cache_dtype or ("float32" if jax.default_backend() == "cpu" else cfg.dtype)
+    dtype = options.cache_dtype or exact_dtype(cfg)
     pages = options.pages
     if pages is None:
         wanted = options.rows // shards * pages_of(context, options.page_size) + 1  # of a device
@@ -130,10 +139,15 @@ def pages_of(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
+def exact_dtype(cfg: ModelConfig) -> str:
+    """Type of what the cache holds as it is: the compute type, on the CPU float32."""
+    return "float32" if jax.default_backend() == "cpu" else cfg.dtype
+
+
 def token_bytes(cfg: ModelConfig, dtype: str, layers: int | None = None) -> int:
-    """Bytes of the cache for a token in so many layers, by default those of the main model."""
-    columns = cfg.kv_lora_rank + cfg.qk_rope_head_dim + (cfg.index_head_dim if cfg.has_indexer else 0)
-    return int((layers or cfg.num_hidden_layers) * columns * jnp.dtype(dtype).itemsize)
+    """Bytes of the cache for a token in so many layers, by default those of the main model; scales included."""
+    make = functools.partial(make_pages, cfg, 1, 1, layers=layers, dtype=dtype, exact_dtype=exact_dtype(cfg))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make)))
 
 
 def free_bytes() -> int:

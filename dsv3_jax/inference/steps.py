@@ -19,6 +19,7 @@ from dsv3_jax.inference.adjustments import counted
 from dsv3_jax.inference.ahead import look_ahead
 from dsv3_jax.inference.sampling import Choosing, TokenLogprobs, choose, ends_row, token_logprobs
 from dsv3_jax.inference.weights import Weights, kinds
+from dsv3_jax.kernels.mla_decode import CodedPages
 from dsv3_jax.model import PagedCache, Transformer
 from dsv3_jax.model.attention import Context
 from dsv3_jax.model.block import Block
@@ -48,8 +49,8 @@ class Memory:
       hidden_BD: the main model's last hidden state of each row; None without a multi-token module (`ahead`).
     """
 
-    latent_NPJ: Array
-    index_NPZ: Array | None
+    latent_NPJ: Array | CodedPages
+    index_NPZ: Array | CodedPages | None
     counts_LE: Array | None
     count_BV: Array
     hidden_BD: Array | None = None

@@ -1,6 +1,7 @@
 """Random cases of the engine's promise: a request gives the same bits alone and in any company.
 
-`python -m tests.inference.exactness --full` runs 200 cases of each model and writes docs/results/engine.json.
+`python -m tests.inference.exactness --full` runs 200 cases of each model, of some also with a cache in codes, and
+writes docs/results/engine.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from tests.inference import machine, tiny
 
 LENGTHS = (1, 7, 8, 9, 16, 17, 31, 33, 48, 70, 100)
 """Around the edges of tiles of 8 and pages of 16 tokens."""
+
+CODED = {"v3-int8": ("v3", "int8"), "v3-fp8": ("v3", "fp8"), "v32-fp8": ("v32", "fp8")}
+"""Models whose cache holds codes."""
 
 
 def draw(rng: random.Random, index: int, shared: list[int]) -> Request:
@@ -105,7 +109,7 @@ def main() -> None:
     """All models, many cases; the figures of the docs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="200 cases a model and 100,000 rules")
-    parts = [*tiny.CONFIGS, "scheduler"]
+    parts = [*tiny.CONFIGS, *CODED, "scheduler"]
     parser.add_argument(
         "--only", nargs="*", choices=parts, default=parts, help="the others stay as they were"
     )
@@ -115,10 +119,11 @@ def main() -> None:
     result: dict[str, object] = {}
     if args.full and args.output.is_file():
         result = json.loads(args.output.read_text())
-    for name in [name for name in tiny.CONFIGS if name in args.only]:
+    for name in [name for name in parts[:-1] if name in args.only]:
         started = time.perf_counter()
+        model, cache_dtype = CODED.get(name, (name, None))
         # Few pages, so that they run out by themselves too.
-        engine = tiny.engine(name, pages=26)
+        engine = tiny.engine(model, pages=26, cache_dtype=cache_dtype)
         total: collections.Counter[str] = collections.Counter()
         for seed in range(cases):
             total += check_case(engine, seed)

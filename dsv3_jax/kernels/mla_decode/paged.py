@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels.mla_decode import paged_reference, pallas_gpu
-from dsv3_jax.kernels.mla_decode.int8_pages import Int8Pages
+from dsv3_jax.kernels.mla_decode.coded_pages import CodedPages
 from dsv3_jax.kernels.registry import Implementation, call, mosaic
 
-Pages = TypeVar("Pages", bound=jax.Array | Int8Pages)
+Pages = TypeVar("Pages", bound=jax.Array | CodedPages)
 
 PAGED_LATENT_ATTENTION = {
     "mosaic": mosaic(
@@ -35,7 +35,7 @@ INDEX_SCORES = {"reference": Implementation(paged_reference.index_scores)}
 
 def paged_latent_attention(
     q_BTHJ: jax.Array,
-    pages_NPJ: jax.Array | Int8Pages,
+    pages_NPJ: jax.Array | CodedPages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
@@ -58,8 +58,8 @@ def paged_latent_attention(
 
     Args:
       q_BTHJ: queries: absorbed latent part (C), then rotated part (R).
-      pages_NPJ: the pages of all layers. Keep them float32 on CPU (see `latent_attention`), or `Int8Pages`, which
-        only the XLA implementations take.
+      pages_NPJ: the pages of all layers. Keep them float32 on CPU (see `latent_attention`), or `CodedPages`, which
+        only the XLA implementations take, a block of slots dequantised at a time.
       tables_BM: int32 ids of each row's pages, offset to the layer. Entries past a row's live length must be
         valid ids (0, for example); nothing is read through them.
       positions_BT: int32 position of each query, in any order; negative: padding, whose output is zero.
@@ -141,7 +141,7 @@ def write_pages(
 def paged_index_scores(
     q_BTYZ: jax.Array,
     weights_BTY: jax.Array,
-    pages_NPZ: jax.Array | Int8Pages,
+    pages_NPZ: jax.Array | CodedPages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
@@ -181,12 +181,12 @@ def paged_index_scores(
     )
 
 
-def _arrays(pages_NPJ: jax.Array | Int8Pages) -> jax.Array | Int8Pages:
+def _arrays(pages_NPJ: jax.Array | CodedPages) -> jax.Array | CodedPages:
     return jax.tree.map(jnp.asarray, pages_NPJ)
 
 
 def _check_pages(
-    pages_NPJ: jax.Array | Int8Pages,
+    pages_NPJ: jax.Array | CodedPages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     rows: tuple[int, ...],

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels.mla_decode import reference
-from dsv3_jax.kernels.mla_decode.int8_pages import Int8Pages, quantize, read_page
+from dsv3_jax.kernels.mla_decode.coded_pages import CodedPages, read_page, write_slots
 from dsv3_jax.kernels.mla_decode.reference import attend_block, attended, nothing_attended
 
 
 def latent_attention(
     q_BTHJ: jax.Array,
-    pages_NPJ: jax.Array | Int8Pages,
+    pages_NPJ: jax.Array | CodedPages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
@@ -83,7 +83,7 @@ def latent_attention(
 
 
 def live_slots(
-    pages_NPJ: jax.Array | Int8Pages,
+    pages_NPJ: jax.Array | CodedPages,
     tables_BM: jax.Array,
     row: jax.Array,
     first: jax.Array,
@@ -106,7 +106,7 @@ def live_slots(
 def index_scores(
     q_BTYZ: jax.Array,
     weights_BTY: jax.Array,
-    pages_NPZ: jax.Array | Int8Pages,
+    pages_NPZ: jax.Array | CodedPages,
     tables_BM: jax.Array,
     positions_BT: jax.Array,
     *,
@@ -142,8 +142,8 @@ def index_scores(
 
 
 def write_pages(
-    pages_NPJ: jax.Array | Int8Pages, new_BTJ: jax.Array, tables_BM: jax.Array, positions_BT: jax.Array
-) -> jax.Array | Int8Pages:
+    pages_NPJ: jax.Array | CodedPages, new_BTJ: jax.Array, tables_BM: jax.Array, positions_BT: jax.Array
+) -> jax.Array | CodedPages:
     """See `paged.write_pages`. A scatter of whole vectors, which XLA does in place on a donated carry."""
     N, P, _ = pages_NPJ.shape
     M = tables_BM.shape[1]
@@ -151,10 +151,6 @@ def write_pages(
     written_BT = (positions_BT >= 0) & (positions_BT < M * P)
     pages_BT = jnp.where(written_BT, pages_BT, N)  # N is out of bounds: dropped
     at = (pages_BT, positions_BT % P)
-    if isinstance(pages_NPJ, Int8Pages):
-        codes_BTJ, scales_BT = quantize(new_BTJ)
-        return Int8Pages(
-            pages_NPJ.codes_NPJ.at[at].set(codes_BTJ, mode="drop"),
-            pages_NPJ.scales_NP.at[at].set(scales_BT, mode="drop"),
-        )
+    if isinstance(pages_NPJ, CodedPages):
+        return write_slots(pages_NPJ, new_BTJ, at)
     return pages_NPJ.at[at].set(new_BTJ.astype(pages_NPJ.dtype), mode="drop")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels import shim, tables
+from dsv3_jax.kernels.mla_decode.coded_pages import CodedPages
 from dsv3_jax.kernels.mla_decode.schedule import BLOCK, Schedule, schedule
 from dsv3_jax.kernels.shim import pl, plgpu
 
@@ -58,6 +59,8 @@ def refuses(
     J, P = pages_NPJ.shape[2], pages_NPJ.shape[1]
     if mask_BTS is not None:
         return "a sparse selection (mask) is not taken"
+    if isinstance(pages_NPJ, CodedPages):
+        return f"pages hold {pages_NPJ.kind} codes, it takes bfloat16"
     if q_BTHJ.dtype != jnp.bfloat16 or pages_NPJ.dtype != jnp.bfloat16:
         return f"queries and pages are {q_BTHJ.dtype.name} and {pages_NPJ.dtype.name}, it takes bfloat16"
     if value_dim % 128 or value_dim > 512 or J % 64 or J > 576:
