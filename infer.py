@@ -44,6 +44,7 @@ def main() -> int:
         flags.mesh,
         flags.adapter,
         flags.cache_dtype,
+        flags.keep_kv_b_codes,
     )
     if flags.input is not None and flags.output is not None:
         return run_file(job, flags.input, flags.output)

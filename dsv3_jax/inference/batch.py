@@ -51,6 +51,7 @@ class Job:
     mesh: str | None = None
     adapter: Path | None = None
     cache_dtype: str | None = None
+    keep_kv_b_codes: bool = False
 
     def __post_init__(self) -> None:
         check(self.sampling, ConfigError, "--", dash=True)
@@ -103,6 +104,7 @@ class Job:
             kernels=self.kernels,
             speculative=self.speculative,
             cache_dtype=self.cache_dtype,
+            keep_kv_b_codes=self.keep_kv_b_codes,
         )
         weights = model.load(host=self.devices is not None)
         return Engine(

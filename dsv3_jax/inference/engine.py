@@ -33,11 +33,11 @@ from dsv3_jax.inference.pages import PagePool
 from dsv3_jax.inference.placement import Placement
 from dsv3_jax.inference.requests import Entry, Request, Result, Update, check_prompt, entry
 from dsv3_jax.inference.scheduler import Plan, Scheduler, Sequence, Tile
-from dsv3_jax.inference.settings import EngineOptions, resolve
+from dsv3_jax.inference.settings import EngineOptions, resolve, token_bytes
 from dsv3_jax.inference.shards import Shards
 from dsv3_jax.inference.stats import Stats
 from dsv3_jax.inference.table import RowTable
-from dsv3_jax.inference.weights import Weights, unstack_layers
+from dsv3_jax.inference.weights import Weights, unstack_layers, with_whole_kv_b
 
 _REASONS = {steps.STOP: "stop", steps.LENGTH: "length", steps.ERROR: "error"}
 
@@ -90,6 +90,8 @@ class Engine:
         self._place = place = Placement(mesh)
         place.check()
         weights = weights if isinstance(weights, Weights) else unstack_layers(cfg, weights)
+        if options is None or not options.keep_kv_b_codes:
+            weights = with_whole_kv_b(weights, cfg.dtype)  # before what is left for pages is counted
         self.options = options = resolve(options or EngineOptions(), cfg, place.shards)
         assert options.pages is not None
         self._device = Device(
@@ -120,7 +122,9 @@ class Engine:
         self._records: dict[int, _Record] = {}
         self._ready: list[Update] = []
         self._tickets = 0
-        self._stats = Stats(pages_total=self.scheduler.pool.total)
+        assert options.cache_dtype is not None
+        nbytes = token_bytes(cfg, options.cache_dtype, options.layers(cfg))
+        self._stats = Stats(pages_total=self.scheduler.pool.total, cache_token_bytes=nbytes)
         self._expert_counts: tuple[np.ndarray, np.ndarray] | None = None
 
     def warm(self) -> None:

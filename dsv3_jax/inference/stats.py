@@ -18,6 +18,7 @@ class Stats:
       first_tokens, decode_tokens: new tokens that calls of prompts gave, one a request, and that decode steps gave.
       running, waiting: requests now.
       pages_used, pages_cached, pages_total: pages with an owner, pages kept for their content alone, and all.
+      cache_token_bytes: bytes of the cache for each token, all layers.
       prefix_hit_tokens: prompt tokens that the prefix cache saved.
       preemptions: how often a request gave its pages up.
       drafted, accepted: tokens of speculative decoding that were checked, and that were right.
@@ -39,6 +40,7 @@ class Stats:
     pages_used: int = 0
     pages_cached: int = 0
     pages_total: int = 0
+    cache_token_bytes: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     drafted: int = 0

@@ -64,6 +64,33 @@ def unstack_layers(cfg: ModelConfig, variables: Mapping[str, Any], *, host: bool
     return Weights({"params": _cast(top, cfg.dtype, host=host)}, layers, mtp)
 
 
+def with_whole_kv_b(weights: Weights, dtype: str) -> Weights:
+    """The same weights, each quantised `kv_b` dequantised to the compute type.
+
+    The absorbed form multiplies by slices of kv_b on either side of attention and takes no codes: it would dequantise
+    all of it in every layer of every step. Results keep their bits. Everything else stays in codes.
+    """
+    convert = jax.jit(lambda leaf: leaf.astype(dtype))
+
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, Adapted):
+            return dataclasses.replace(leaf, base=whole(leaf.base))
+        if not isinstance(leaf, Quantized):
+            return leaf
+        on_host = isinstance(leaf.codes, np.ndarray)
+        return np.asarray(convert(leaf)) if on_host else convert(leaf)
+
+    def layer(tree: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: layer(leaf) if isinstance(leaf, Mapping) else whole(leaf) if name == "kv_b_HWC" else leaf
+            for name, leaf in tree.items()
+        }
+
+    return weights._replace(
+        layers=[layer(one) for one in weights.layers], mtp=None if weights.mtp is None else layer(weights.mtp)
+    )
+
+
 def kinds(cfg: ModelConfig) -> Iterator[str]:
     """ "dense" or "moe", layer by layer."""
     yield from ["dense"] * cfg.num_dense_layers + ["moe"] * cfg.num_moe_layers

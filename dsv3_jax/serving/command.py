@@ -53,7 +53,7 @@ def serve(
 
     Args:
       make_engine: loads the weights; called in the engine's thread. The engine tells its sizes by `options`
-        (context, pages, page_size).
+        (context, pages, page_size) and `cache_dtype`.
       context: the largest prompt with its answer, until the engine says less.
     Raises:
       ConfigError: the address cannot be had. And whatever `make_engine` or the engine raised.
@@ -64,6 +64,7 @@ def serve(
         engine = make_engine()
         options = engine.options
         service.size(options.context, (options.pages - 1) * options.page_size)
+        metrics.cache_token_bytes.labels(options.cache_dtype).set(engine.stats.cache_token_bytes)
         return engine
 
     worker = Worker(make, read_stats)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -58,6 +58,12 @@ class Metrics:
         )
         self.inter_token = Histogram(
             "dsv3_inter_token_seconds", "Between tokens of a sequence.", buckets=_SECONDS, registry=registry
+        )
+        self.cache_token_bytes = Gauge(
+            "dsv3_cache_token_bytes",
+            "Bytes of the latent cache for each token, by its storage type.",
+            ["dtype"],
+            registry=registry,
         )
         self.queue, self.prefill, self.decode, self.whole = (
             Histogram(f"dsv3_{name}_seconds", told, buckets=_SECONDS, registry=registry)

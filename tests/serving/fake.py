@@ -59,7 +59,9 @@ class FakeEngine:
         context: int = 1024,
         delay: float = 0.0,
     ) -> None:
-        self.options = SimpleNamespace(context=context, pages=pages, page_size=page_size, rows=rows)
+        self.options = SimpleNamespace(
+            context=context, pages=pages, page_size=page_size, rows=rows, cache_dtype="fp8"
+        )
         self.delay = delay
         self.crash_on: bytes | None = b"CRASH"
         self.waiting: list[int] = []
@@ -101,6 +103,7 @@ class FakeEngine:
             pages_total=self.options.pages - 1,
             prefix_hit_tokens=0,
             preemptions=0,
+            cache_token_bytes=656,
             drafted=10,
             accepted=7,
         )

@@ -222,6 +222,7 @@ def test_metrics_tell_what_happened(server: fake.Process) -> None:
         float(numbers["dsv3_e2e_request_latency_seconds_sum"]), abs=1e-3 * ends
     )
     assert float(numbers["dsv3_acceptance"]) == 0.7
+    assert float(numbers['dsv3_cache_token_bytes{dtype="fp8"}']) == 656
     assert float(numbers["dsv3_pages_total"]) == 64 and float(numbers["dsv3_rows"]) == 4
     assert (
         float(numbers["dsv3_expert_load_max_over_mean"]) == 2.0
