@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_tables
+from benchmarks import cache_tables, kernel_tables
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -267,6 +267,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized_quality_100m": quantized_quality_100m_table,
     "quantized_peers": quantized_peers_table,
     "quantized_speed": quantized_speed_table,
+    **cache_tables.TABLES,
     "scaling": scaling_table,
     "compile_h200": kernel_tables.compile_table,
     "gpu_kernels": kernel_tables.kernel_table,
