@@ -12,6 +12,7 @@ import numpy as np
 
 from dsv3_jax.checkpoint import layout
 from dsv3_jax.checkpoint.quantized import E8M0, scale_dtypes, stored_arrays
+from dsv3_jax.checkpoint.shares import load_shares
 from dsv3_jax.checkpoint.source import Source, open_source
 from dsv3_jax.config import LoraConfig, ModelConfig
 from dsv3_jax.errors import ConfigError
@@ -50,14 +51,13 @@ class FrozenBase:
     sha256: str
     notes: list[str]
 
-    def load(self) -> dict[str, Any]:
-        """{"params", "router"} on the host, in their stored types; never wider, biases of routers float32."""
-        loaded, want = flatten_paths(self.source.load(formats=self.formats)), flatten_paths(self.abstract)
-        tree = {"params": {}, "router": {}, **unflatten_paths({path: loaded[path] for path in want})}
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-        found, expected = jax.tree.flatten(shapes), jax.tree.flatten(self.abstract)
-        assert found == expected, (found[0], expected[0])
-        return tree
+    def load(self, placed: Any) -> dict[str, Any]:
+        """{"params", "router"} on their devices, in their stored types; never wider, biases of routers float32.
+
+        Args:
+          placed: `abstract` with shardings.
+        """
+        return load_shares(self.source, placed, self.formats)
 
     @property
     def record(self) -> dict[str, Any]:

@@ -139,21 +139,10 @@ def init_lora_state(cfg: RunConfig, mesh: jax.sharding.Mesh, base: FrozenBase) -
 
 
 def with_frozen(state: State, where: State, base: FrozenBase) -> State:
-    """The state with the base on its devices."""
-
-    def placed(x: Any, where: NamedSharding) -> Array:
-        parts = where.addressable_devices_indices_map(x.shape)
-        # No aliasing: the step passes its state on in place.
-        arrays = [
-            jax.device_put(np.ascontiguousarray(x[index]), device, may_alias=False)
-            for device, index in parts.items()
-        ]
-        return jax.make_array_from_single_device_arrays(x.shape, where, arrays)
-
-    loaded = base.load()
-    router = jax.tree.map(placed, loaded["router"], where.router)
-    frozen = jax.tree.map(placed, loaded["params"], where.frozen)
-    return state.replace(router=router, frozen=frozen)  # type: ignore[attr-defined]
+    """The state with the base on its devices: each process reads what they hold."""
+    sharded = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    loaded = base.load(jax.tree.map(sharded, base.abstract, {"params": where.frozen, "router": where.router}))
+    return state.replace(router=loaded["router"], frozen=loaded["params"])  # type: ignore[attr-defined]
 
 
 def _start(cfg: RunConfig, variables: Any) -> State:
