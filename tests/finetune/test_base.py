@@ -76,8 +76,8 @@ def test_shares_are_the_parts_of_what_one_host_would_load(
                 assert have.tobytes() == should.tobytes(), (path, shard.index)
 
 
-def test_the_host_never_holds_a_whole_leaf(folders: dict[str, Path]) -> None:
-    """Experts over 8 devices: parts of leaves come and go; when JAX lets go of one is up to JAX."""
+def test_the_host_holds_a_part_of_a_leaf(folders: dict[str, Path]) -> None:
+    """Experts over 8 devices: an eighth of a leaf, that of the one before (freed later), pieces of files."""
     base = opened(folders["float32"])
     want = placed(base, tiny.mesh(expert=8))
     base.load(want)  # imports and caches are not counted
@@ -86,4 +86,4 @@ def test_the_host_never_holds_a_whole_leaf(folders: dict[str, Path]) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in flatten_paths(want).values())
-    assert peak < 0.75 * largest < 0.4 * base.nbytes, (peak, largest, base.nbytes)
+    assert peak < largest / 2 < base.nbytes / 3, (peak, largest, base.nbytes)
