@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"dsv3_jax.model"},
     {"dsv3_jax.inference", "dsv3_jax.finetune"},
     {"dsv3_jax.training"},
-    {"dsv3_jax.serving"},
+    {"dsv3_jax.serving", "dsv3_jax.evaluation"},
     {"dsv3_jax.planning"},
     {"train", "infer", "convert", "dsv3_jax.describe", "dsv3_jax.demo"},
 ]

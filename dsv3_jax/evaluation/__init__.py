@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints on texts, questions and code (docs/evaluation.md)."""
