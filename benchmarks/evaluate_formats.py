@@ -4,8 +4,8 @@
     python -m benchmarks.next_lines held_out.txt --output next_lines.jsonl --items 500
     python -m benchmarks.evaluate_formats RUN --text held_out.txt --choices next_lines.jsonl
 
-Differences are paired: an item's worth with the format less its worth without, so their errors are smaller than those of
-the metrics themselves.
+Differences are paired: an item's worth with the format less its worth without, so their errors are smaller than those
+of the metrics themselves.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ def evaluate(run: Path, text: Path, task: Path, fmt: str, base: Path | None, out
     return json.loads(out.read_text())
 
 
+def split(text: str, least: int = 1000) -> list[str]:
+    """The text in pieces of whole paragraphs, so many characters or more, which perplexities are compared by."""
+    pieces, piece = [], ""
+    for paragraph in text.split("\n\n"):
+        piece += paragraph + "\n\n"
+        if len(piece) >= least:
+            pieces.append(piece)
+            piece = ""
+    return [*pieces, piece] if piece.strip() else pieces
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(
@@ -49,10 +60,14 @@ def main() -> None:
         task = Path(folder) / "next_lines.yaml"
         lines = ["task: multiple_choice", f"data: {json.dumps(str(args.choices.resolve()))}", 'delimiter: ""']
         task.write_text("\n".join(lines) + "\n")
+        pieces = Path(folder) / "pieces.jsonl"
+        pieces.write_text(
+            "".join(json.dumps({"text": piece}) + "\n" for piece in split(args.text.read_text()))
+        )
         base = None
         for fmt in FORMATS:
             out = Path(folder) / f"{fmt.replace(':', '-')}.json"
-            found = evaluate(args.run, args.text, task, fmt, base, out)
+            found = evaluate(args.run, pieces, task, fmt, base, out)
             base = base or out
             for entry in found["tasks"].values():
                 entry.pop("records")

@@ -4,9 +4,9 @@
     python -m benchmarks.next_lines held_out.txt --output next_lines.jsonl --items 500
 
 An item's prompt is a stretch of the text that ends between two lines; its right choice is what follows there, the three
-others are stretches of the same length that follow line breaks elsewhere in the text, at least 2,000 characters away, all
-cut where a line ends or else where a word does. Places and the order of choices are drawn with a fixed seed. So chance is a
-quarter, all choices are real text of one kind, and only the prompt tells them apart.
+others are stretches of the same length that follow line breaks elsewhere in the text, at least 2,000 characters away,
+all cut where a line ends or else where a word does. Places and the order of choices are drawn with a fixed seed. So
+chance is a quarter, all choices are real text of one kind, and only the prompt tells them apart.
 """
 
 from __future__ import annotations

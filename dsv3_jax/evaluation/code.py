@@ -11,9 +11,8 @@ from dsv3_jax.evaluation import metrics
 from dsv3_jax.evaluation.prompts import joined
 from dsv3_jax.evaluation.records import Record, Row, Spec
 from dsv3_jax.evaluation.sandbox import Limits, Program, Verdict, check_sandbox, run_programs
-from dsv3_jax.evaluation.scoring import Text
 from dsv3_jax.evaluation.subject import Subject
-from dsv3_jax.evaluation.tasks import Done, Metrics, Rows, at_line, fitting
+from dsv3_jax.evaluation.tasks import Done, Metrics, Rows, answerable, at_line
 from dsv3_jax.inference import Sampling
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -75,7 +74,7 @@ class Code(Rows):
         for item in items:
             where, prompt = self._rows[item].where, self.fields(item).prompt()
             ids = at_line(where, functools.partial(subject.encoder.prompt, prompt))
-            fitting(Text([*ids, *[0] * spec.max_new_tokens], 1), subject.context, where)
+            answerable(ids, spec.max_new_tokens, subject.context, where)
             for sample in range(options.samples):
                 sampling = Sampling(
                     max_new_tokens=spec.max_new_tokens,

@@ -32,7 +32,7 @@ def encode(value: Any) -> Any:
     if value is None or value is True or value is False:
         return value
     if isinstance(value, (int, float, complex)):
-        number = int if isinstance(value, int) else float if isinstance(value, float) else complex
+        number: Any = int if isinstance(value, int) else float if isinstance(value, float) else complex
         return [number.__name__, repr(number(value))]
     if isinstance(value, str):
         return str(value)
@@ -88,10 +88,20 @@ def lose_rights(uid: int | None) -> list[str]:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
+    user, group = os.geteuid(), os.getegid()
     LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no other process of the user may look into the judge
     if LIBC.unshare(NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC) != 0:
         return ["no network of its own", "no process ids of its own", "files can be written"]
+    # The judge's capabilities, which the solution gives up, keep it closed from here on; its own /proc/self is wanted.
+    LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{user} {user} 1"),  # without a map files cannot be made in the scratch space
+        ("gid_map", f"{group} {group} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
     root = b"/"
     ok = LIBC.mount(None, root, None, MS_REC | MS_PRIVATE, None) == 0
     ok = ok and LIBC.mount(b"scratch", os.fsencode(os.getcwd()), b"tmpfs", 0, b"size=64m,mode=0777") == 0
@@ -103,8 +113,6 @@ def lose_rights(uid: int | None) -> list[str]:
     if not ok:
         missing.append("files can be written")
     os.chdir(scratch)
-    # The judge's capabilities, which the solution gives up, keep it closed from here on; its own /proc/self is wanted.
-    LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     return missing
 
 

@@ -107,9 +107,18 @@ def at_line(where: str, ask: Callable[[], Any]) -> Any:
 
 def fitting(text: Text, context: int, where: str) -> Text:
     """The text if the context holds it; raises DataError naming the line."""
-    if len(text.ids) - 1 > context:
+    if len(text.ids) - 1 > context:  # the last token is only predicted
         raise DataError(f"{where}: {len(text.ids)} tokens are more than the context of {context} tokens")
     return text
+
+
+def answerable(ids: Sequence[int], new: int, context: int, where: str) -> None:
+    """Raises DataError naming the line where the prompt and the new tokens are more than the context."""
+    if len(ids) + new > context:
+        raise DataError(
+            f"{where}: the prompt has {len(ids)} tokens and max_new_tokens is {new}: together more than the context "
+            f"of {context} tokens"
+        )
 
 
 class Perplexity(Rows):
@@ -262,7 +271,7 @@ class ExactMatch(Rows):
             where = self._rows[item].where
             prompt = self.asked(item, lambda fields: fields.texts("answer", 1)[0])
             ids = at_line(where, functools.partial(subject.encoder.prompt, prompt))
-            fitting(Text([*ids, *[0] * options.max_new_tokens], 1), subject.context, where)
+            answerable(ids, options.max_new_tokens, subject.context, where)
             prompts.append((ids, options))
 
         def one(index: int, answer: tuple[str, str]) -> None:
