@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if "jax" in sys.modules:
@@ -26,6 +27,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 import hypothesis  # noqa: E402 (pytest plugins may import jax: the environment comes first)
 import pytest  # noqa: E402
 
+from tests import compiled  # noqa: E402
+
+compiled.whole_entries()
+
 # Deadlines measure the compiler, not the code: the first example of a jitted function is always slow.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -44,8 +49,39 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
 
 
+# Files of more than 30 CPU seconds with an empty compile cache, longest first: workers that take whole files begin with
+# them, so none is left with one at the end.
+_LONGEST = (
+    "training/test_lora_run",
+    "launch/test_many_processes",
+    "inference/test_speculative",
+    "training/test_trainer",
+    "training/test_fp8",
+    "model/test_paths",
+    "sharded/test_dispatch",
+    "inference/test_engine",
+    "golden/test_golden",
+    "inference/test_infer_command",
+    "convert/test_quantize",
+    "inference/test_engine_mesh",
+    "sharded/test_dispatch_model",
+    "quantization/test_model",
+    "inference/test_batch",
+    "convert/test_memory",
+)
+_PLACES = {REPO / "tests" / f"{name}.py": at for at, name in enumerate(_LONGEST)}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under tests/parity/ carries the `parity` marker, whether the file says so or not."""
+    """Longest files first; everything under tests/parity/ carries the `parity` marker, said there or not."""
+    items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
     for item in items:
         if _PARITY in item.path.parents:
             item.add_marker(pytest.mark.parity)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file() -> Iterator[None]:
+    """Programs of earlier files are dropped before their memory mappings run out."""
+    yield
+    compiled.drop_programs()
