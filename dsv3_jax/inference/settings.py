@@ -59,7 +59,7 @@ class EngineOptions:
     """Storage of the cache, of `CACHE_DTYPES`; by default the compute type, on the CPU float32 (a 16-bit cache is
     converted as a whole in every layer there). int8 and fp8 hold latents and index keys as codes."""
     keep_kv_b_codes: bool = False
-    """Dequantise a quantised kv_b in every step, not once: fewer bytes, slower (`weights.with_whole_kv_b`)."""
+    """Dequantise a quantised kv_b in every call, not once: fewer bytes between calls (`weights.with_whole_kv_b`)."""
     kernels: Kernels = AUTO_KERNELS
     """Which implementation computes each kernel."""
     speculative: int = 0

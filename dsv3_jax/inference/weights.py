@@ -67,8 +67,8 @@ def unstack_layers(cfg: ModelConfig, variables: Mapping[str, Any], *, host: bool
 def with_whole_kv_b(weights: Weights, dtype: str) -> Weights:
     """The same weights, each quantised `kv_b` dequantised to the compute type.
 
-    The absorbed form multiplies by slices of kv_b on either side of attention and takes no codes: it would dequantise
-    all of it in every layer of every step. Results keep their bits. Everything else stays in codes.
+    The absorbed form multiplies by slices of kv_b on either side of attention and takes no codes: every
+    call would dequantise all of it. Results keep their bits. Everything else stays in codes.
     """
     convert = jax.jit(lambda leaf: leaf.astype(dtype))
 

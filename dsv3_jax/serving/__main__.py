@@ -59,7 +59,7 @@ class Flags:
     cache_dtype: Literal["float32", "bfloat16", "int8", "fp8"] | None = None
     """Storage of the cache; by default the compute type, on the CPU float32. int8 and fp8: codes, with scales."""
     keep_kv_b_codes: bool = False
-    """Dequantise a quantised kv_b in every step, not once when it is loaded: fewer bytes, slower."""
+    """Dequantise a quantised kv_b in every call, not once when it is loaded: fewer bytes between calls."""
     kernels: str = "auto"
     """Implementation of attention and the experts' products: auto, reference or mosaic, with exceptions such as
     mosaic,grouped_matmul=reference."""
