@@ -73,7 +73,7 @@ def speed_table() -> str:
                 f"{_speed(row['threads'])} |"
             )
     rounds = f"Medians (least to most) of {result['rounds']} rounds in turn."
-    about = f"Behind a prompt of {result['prompt']:,} tokens. {rounds}"
+    about = f"Behind one prompt of {result['prompt']:,} tokens, whose pages all rows share. {rounds}"
     return "\n".join([*lines, "", f"{about} {_where(result)}"])
 
 
@@ -98,7 +98,8 @@ def kv_b_table() -> str:
 
 def _where(result: dict[str, Any]) -> str:
     env = result["environment"]
-    busy = f" The machine was also doing other work (load {env['load_before']:.1f} before the run)."
+    busy = f" The machine was also doing other work (load {env['load_before']:.1f} before the run):"
+    busy += " go by the processor time."
     where = f"{env['date']}, {env['cpu']} ({env['cores']} cores), jax {env['versions']['jax']}, commit {env['commit']}."
     return where + (busy if env["load_before"] > 0.5 else "")
 
