@@ -1,8 +1,8 @@
 """Formats of weights compared on tasks: one checkpoint, evaluated as it is and rounded, item by item.
 
     python -m benchmarks.texts python-docs:validation --output held_out.txt
-    python -m benchmarks.next_lines held_out.txt --output next_lines.jsonl --items 500
-    python -m benchmarks.evaluate_formats RUN --text held_out.txt --choices next_lines.jsonl
+    python -m benchmarks.continuations held_out.txt --output continuations.jsonl --items 500
+    python -m benchmarks.evaluate_formats RUN --text held_out.txt --choices continuations.jsonl
 
 Differences are paired: an item's worth with the format less its worth without, so their errors are smaller than those
 of the metrics themselves.
@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        task = Path(folder) / "next_lines.yaml"
+        task = Path(folder) / "continuations.yaml"
         lines = ["task: multiple_choice", f"data: {json.dumps(str(args.choices.resolve()))}", 'delimiter: ""']
         task.write_text("\n".join(lines) + "\n")
         pieces = Path(folder) / "pieces.jsonl"

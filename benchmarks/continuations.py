@@ -1,11 +1,11 @@
 """A multiple-choice task from held-out text: which of four continuations follows.
 
     python -m benchmarks.texts python-docs:validation --output held_out.txt
-    python -m benchmarks.next_lines held_out.txt --output next_lines.jsonl --items 500
+    python -m benchmarks.continuations held_out.txt --output continuations.jsonl --items 500
 
-An item's prompt is a stretch of the text that ends between two lines; its right choice is what follows there, the three
-others are stretches of the same length that follow line breaks elsewhere in the text, at least 2,000 characters away,
-all cut where a line ends or else where a word does. Places and the order of choices are drawn with a fixed seed. So
+An item's prompt is a stretch of the text that ends before a word; its right choice is what follows there, the three
+others are stretches of the same length that begin with words elsewhere in the text, at least 2,000 characters away, all
+cut where a line ends or else where a word does. Places and the order of choices are drawn with a fixed seed. So
 chance is a quarter, all choices are real text of one kind, and only the prompt tells them apart.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ CHOICES = 4
 
 def make_items(text: str, count: int, prompt: int, choice: int, seed: int = 0) -> list[dict[str, Any]]:
     """Items of prompts and choices of about so many characters. Raises ValueError for a text that is too short."""
-    breaks = [at + 1 for at, char in enumerate(text) if char == "\n" and not text[at + 1 : at + 2].isspace()]
+    breaks = [found.start() for found in re.finditer(r"(?<=\w )\w", text)]
     breaks = [at for at in breaks if prompt <= at <= len(text) - choice]
     if len(breaks) < count + 4 * CHOICES:
         raise ValueError(f"{len(breaks)} places in the text are too few for {count} items")
@@ -67,8 +68,8 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--items", type=int, default=500)
-    parser.add_argument("--prompt", type=int, default=400, help="characters")
-    parser.add_argument("--choice", type=int, default=80, help="characters")
+    parser.add_argument("--prompt", type=int, default=200, help="characters")
+    parser.add_argument("--choice", type=int, default=60, help="characters")
     args = parser.parse_args()
     items = make_items(args.text.read_text(encoding="utf-8"), args.items, args.prompt, args.choice)
     args.output.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), "utf-8")
