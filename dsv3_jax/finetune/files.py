@@ -24,6 +24,8 @@ from dsv3_jax.finetune.lora import Lora, abstract_pairs
 from dsv3_jax.hf.rules import flatten_paths
 from dsv3_jax.hf.safetensors import parse_json
 
+_MODULE = "params/mtp/"
+
 
 def adapter_record(base: FrozenBase) -> dict[str, Any]:
     """The content of a run's lora.json."""
@@ -110,7 +112,10 @@ class Adapter:
         leaves, found = flatten_paths(abstract), flatten_paths(self.pairs)
         missing = [path for path in self.lora.paths if path not in leaves]
         if missing:
-            raise ConfigError(f"{self.folder}: a pair for {missing[0]}, which the model {base} has not")
+            more = ""
+            if all(path.startswith(_MODULE) for path in missing):
+                more = " (its multi-token module: decoding can do without, this cannot)"
+            raise ConfigError(f"{self.folder}: a pair for {missing[0]}, which the model {base} has not{more}")
         for path, leaf in flatten_paths(abstract_pairs(self.lora, abstract)).items():
             if path not in found or found[path].shape != leaf.shape:
                 have = list(found[path].shape) if path in found else "missing"
@@ -137,10 +142,27 @@ class Adapter:
 
     def without_module(self) -> Adapter:
         """Without the multi-token module's pairs, for a model that leaves the module out."""
-        paths = tuple(path for path in self.lora.paths if not path.startswith("params/mtp/"))
+        paths = tuple(path for path in self.lora.paths if not path.startswith(_MODULE))
         params = {name: tree for name, tree in self.pairs["params"].items() if name != "mtp"}
         lora = dataclasses.replace(self.lora, paths=paths)
         return dataclasses.replace(self, lora=lora, pairs={"params": params})
+
+    def for_decoding(self, abstract: Mapping[str, Any], base: Path) -> tuple[Adapter, list[str]]:
+        """The pairs that decoding with the model at `base` uses, and a note where some need a module that it has not.
+
+        Pairs of the multi-token module change nothing that the main model gives.
+
+        Raises ConfigError when no other pair is left.
+        """
+        own = [path for path in self.lora.paths if path.startswith(_MODULE)]
+        if not own or any(path.startswith(_MODULE) for path in flatten_paths(abstract)):
+            return self, []
+        if len(own) == len(self.lora.paths):
+            raise ConfigError(
+                f"{self.folder}: all pairs are of the multi-token module, which the model {base} has not"
+            )
+        note = f"{base} has no multi-token module: the adapter's pairs for {len(own)} of its weights are left out"
+        return self.without_module(), [note]
 
 
 def open_adapter(folder: Path | str, cfg: ModelConfig, abstract: Mapping[str, Any]) -> Adapter:

@@ -98,7 +98,9 @@ def open_model(
     pairs: Adapter | None = None
     if adapter is not None:
         pairs = open_adapter(adapter, source.cfg, source.abstract)
-        notes += [*pairs.notes, *pairs.check_model(source.abstract, source.folder, quantize)]
+        notes += pairs.notes
+        pairs, left_out = pairs.for_decoding(source.abstract, source.folder)
+        notes += [*left_out, *pairs.check_model(source.abstract, source.folder, quantize)]
         pairs = pairs if multi_token else pairs.without_module()
 
     def load(host: bool = False) -> Weights:

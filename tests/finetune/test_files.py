@@ -19,7 +19,7 @@ from dsv3_jax.errors import ConfigError, DataError
 from dsv3_jax.finetune import Lora, attach, chosen_targets, init_pairs
 from dsv3_jax.finetune import merge as merged_tree
 from dsv3_jax.finetune.base import fingerprint
-from dsv3_jax.finetune.files import open_adapter, record_of
+from dsv3_jax.finetune.files import open_adapter, read_record, record_of
 from dsv3_jax.hf.rules import flatten_paths
 from dsv3_jax.hf.safetensors import read_header
 from dsv3_jax.inference.batch import Job, run_file
@@ -257,6 +257,30 @@ def test_what_is_no_adapter_or_another_models(folders: dict[str, Path], tmp_path
     assert found.check_model(abstract, folders["base"]) == []
     (note,) = found.check_model(abstract, folders["int4"])
     assert "trained on other weights" in note
+
+
+def test_a_base_without_the_multi_token_module_leaves_its_pairs_out_and_says_so(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Decoding uses the others as they are; merging, which would lose these, is refused."""
+    short = dataclasses.replace(CFG, num_nextn_predict_layers=0)
+    whole = open_source(folders["base"], abstract_variables).load("float32")
+    variables = {name: {k: v for k, v in tree.items() if k != "mtp"} for name, tree in whole.items()}
+    save_checkpoint(tmp_path / "short", short, variables, tokenizer_dir=folders["base"].parent / "tokenizer")
+    found = open_model(tmp_path / "short", adapter=folders["adapter"])
+    count = sum(path.startswith("params/mtp/") for path in read_record(folders["adapter"])[0].paths)
+    assert count and any(f"pairs for {count} of its weights are left out" in note for note in found.notes)
+    usual = open_model(folders["base"], adapter=folders["adapter"])
+    assert not any("left out" in note for note in usual.notes)
+    got, want = found.load(host=True), usual.load(host=True)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True))
+    with pytest.raises(ConfigError, match=r"params/mtp/.*decoding can do without"):
+        merge.convert(tmp_path / "short", folders["adapter"], tmp_path / "merged")
+    lora, pairs = pairs_of(CFG, ("eh_proj",))
+    only = save_adapter(tmp_path / "only", folders["base"], CFG, lora, pairs)
+    with pytest.raises(ConfigError, match="all pairs are of the multi-token module"):
+        open_model(tmp_path / "short", adapter=only)
 
 
 def test_a_damaged_adapter_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
