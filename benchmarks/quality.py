@@ -1,6 +1,7 @@
 """What each format and way of rounding costs a trained model, beside other libraries on the same weights.
 
-Called by `python -m benchmarks.quantized quality`. Every variant is put back in the model as float32 values, so that
+Called by `python -m benchmarks.quantized quality`, on texts that no setting was chosen on (`benchmarks.rounding_choice`
+has its own). Every variant is put back in the model as float32 values, so that
 one program runs them all, and compared with the model itself on texts that it was neither trained nor calibrated on
 (`convert.compare`). qwix and torchao round to nearest; where one is not installed its rows say so.
 """
@@ -29,12 +30,12 @@ from dsv3_jax.model import abstract_variables
 from dsv3_jax.quantization.formats import Format, parse_format
 
 ROUNDINGS = {
-    "int8": ("nearest", "gptq", "qwix", "torchao"),
+    "int8": ("nearest", "gptq", "gptq+order", "qwix", "torchao"),
     "fp8": ("nearest", "qwix", "torchao"),
-    "int4:128": ("nearest", "gptq", "awq", "qwix", "torchao"),
-    "int4:64": ("nearest", "gptq", "awq", "qwix", "torchao"),
-    "int4a:64": ("nearest", "gptq", "torchao"),
-    "int4:32": ("nearest", "gptq"),
+    "int4:128": ("nearest", "gptq", "gptq+order", "awq", "qwix", "torchao"),
+    "int4:64": ("nearest", "gptq", "gptq+order", "awq", "qwix", "torchao"),
+    "int4a:64": ("nearest", "gptq", "gptq+order", "torchao"),
+    "int4:32": ("nearest", "gptq", "gptq+order"),
 }
 Flat = dict[str, np.ndarray]
 
@@ -58,14 +59,17 @@ def quality(
     columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
     rows: list[dict[str, Any]] = []
     nearest: list[tuple[np.ndarray, ...]] = []
+    half: list[tuple[np.ndarray, ...]] = []
     for row, flat in _variants(source, run, calibration, window, exact, columns, formats):
         if flat is not None:
             found = [one.tokens(source.cfg, unflatten_paths(flat)) for one in references]
             row["texts"] = [dataclasses.asdict(compare.Reference.measured(*one)) for one in found]
+            half = half or found
             if row["rounding"] == "nearest":
                 nearest = found
-            for text, ours, theirs in zip(row["texts"], found, nearest, strict=True):
-                text["against_nearest"] = _against(ours, theirs)
+            for text, ours, theirs, bf16 in zip(row["texts"], found, nearest, half, strict=True):
+                text["against_nearest"] = against(ours, theirs)
+                text["against_bfloat16"] = against(ours, bf16)
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
     return {
@@ -80,15 +84,27 @@ def quality(
     }
 
 
-def _against(ours: tuple[np.ndarray, ...], nearest: tuple[np.ndarray, ...]) -> dict[str, float]:
-    """Perplexity over that of our own rounding to nearest, and how much more KL, with paired standard errors."""
-    change_B, more_B = (ours[i].mean(1) - nearest[i].mean(1) for i in (1, 2))
-    ratio = float(np.exp(change_B.mean()))
+def against(ours: tuple[np.ndarray, ...], theirs: tuple[np.ndarray, ...]) -> dict[str, float]:
+    """Perplexity over that of another variant, and how much more KL, over the same tokens.
+
+    Standard errors are of the differences: `.._error` over windows (bootstrap), `.._token_error` over tokens as if each
+    were drawn by itself. `kl_z` and `kl_token_z` are the difference in KL over them: below -3 is better beyond doubt.
+    """
+    change_BT, more_BT = (ours[i] - theirs[i] for i in (1, 2))
+    ratio, kl = float(np.exp(change_BT.mean())), float(more_BT.mean())
+    errors = [
+        (compare.bootstrap_error(x.mean(1)), float(x.std(ddof=1) / x.size**0.5)) for x in (change_BT, more_BT)
+    ]
     return {
         "perplexity_ratio": ratio,
-        "perplexity_ratio_error": ratio * compare.bootstrap_error(change_B),
-        "kl": float(more_B.mean()),
-        "kl_error": compare.bootstrap_error(more_B),
+        "perplexity_ratio_error": ratio * errors[0][0],
+        "perplexity_ratio_token_error": ratio * errors[0][1],
+        "kl": kl,
+        "kl_error": errors[1][0],
+        "kl_token_error": errors[1][1],
+        "kl_z": kl / (errors[1][0] or 1.0),
+        "kl_token_z": kl / (errors[1][1] or 1.0),
+        "tokens_with_less_kl": float((more_BT < 0).mean()),
     }
 
 
@@ -129,7 +145,7 @@ def _variants(
                 yield {**row, **_errors(exact, theirs, chosen)}, theirs
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                row |= _quantize(run, Path(folder) / "out", name, rounding, calibration, window)
+                row |= quantized(run, Path(folder) / "out", name, rounding, calibration, window)
                 made = open_source(Path(folder) / "out", abstract_variables)
                 ours, chosen = flatten_paths(made.load("float32")), sorted(made.formats)
             if rounding == "nearest":
@@ -137,14 +153,15 @@ def _variants(
             yield row, ours
 
 
-def _quantize(
+def quantized(
     run: Path, dst: Path, name: str, rounding: str, calibration: Path, window: int
 ) -> dict[str, Any]:
     """The quantised leaves' share of float32, seconds, and errors as reported: of AWQ, those of the scaled weights."""
     fmt, started = parse_format(name), time.perf_counter()
     how: dict[str, Any] = {}
     if rounding != "nearest":
-        how = {"calibration": calibration, "calibration_window": window, "rounding": rounding}
+        how = {"calibration": calibration, "calibration_window": window, "rounding": rounding.split("+")[0]}
+        how["act_order"] = rounding.endswith("+order")
     quantize.convert(
         run, dst, method=fmt.kind, group_size=fmt.group or None, asymmetric=fmt.asymmetric, **how
     )

@@ -69,9 +69,10 @@ class Calibrated:
         window: int | None = None,
         rounding: Rounding = "gptq",
         *,
+        act_order: bool = False,
         quiet: bool = True,
     ) -> None:
-        self._rounding = rounding
+        self._rounding, self._act_order = rounding, act_order
         # A leaf that stays in the format it is stored in is not rounded: it multiplies with the values it has.
         self._formats = {path: fmt for path, fmt in formats.items() if source.formats.get(path) != fmt}
         self._source, self._quiet = source, quiet
@@ -96,7 +97,8 @@ class Calibrated:
 
     def __str__(self) -> str:
         """What the result depends on besides the weights."""
-        what = f"{self._rounding} {self._tokens_BT.shape}".encode() + self._tokens_BT.tobytes()
+        order = " by activations" if self._act_order else ""
+        what = f"{self._rounding}{order} {self._tokens_BT.shape}".encode() + self._tokens_BT.tobytes()
         return hashlib.sha256(what).hexdigest()
 
     def in_order(self, entries: list[HFEntry]) -> list[HFEntry]:
@@ -257,11 +259,13 @@ class Calibrated:
         sums, counts = self._moments.sums, self._moments.counts[path]
         if counts.ndim:
             self._prior(path)  # once, before threads ask for it
-            return lambda expert: factor(self._moment(path, expert) / (counts[expert] + PRIOR))
+            return lambda expert: factor(
+                self._moment(path, expert) / (counts[expert] + PRIOR), self._act_order
+            )
         like = next((other for other in known if np.array_equal(sums[other], sums[path])), path)
         if like not in known:
             with threadpool_limits(1):  # see gptq_each
-                known[like] = factor(sums[like])
+                known[like] = factor(sums[like], self._act_order)
         return lambda _: known[like]
 
     def _find_scales(self, leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -54,6 +54,7 @@ def convert(
     calibration_tokens: int = 16384,
     calibration_window: int = 512,
     rounding: Literal["gptq", "awq"] = "gptq",
+    act_order: bool = False,
     force: bool = False,
     *,
     quiet: bool = True,
@@ -68,6 +69,8 @@ def convert(
     from dsv3_jax.model import abstract_variables
 
     fmt = _format(method, group_size, asymmetric)
+    if act_order and (calibration is None or rounding != "gptq"):
+        raise ConfigError("--act-order goes with --calibration and --rounding gptq")
     check_early(dst, force)
     started = time.monotonic()
     source = open_source(src, abstract_variables)
@@ -83,7 +86,14 @@ def convert(
         from convert.calibrate import Calibrated
 
         calibrated = Calibrated(
-            source, formats, calibration, calibration_tokens, calibration_window, rounding, quiet=quiet
+            source,
+            formats,
+            calibration,
+            calibration_tokens,
+            calibration_window,
+            rounding,
+            act_order=act_order,
+            quiet=quiet,
         )
     elif rounding != "gptq":
         raise ConfigError(f"--rounding {rounding} needs --calibration")
@@ -179,6 +189,7 @@ def main(
     calibration_tokens: int = 16384,
     calibration_window: int = 512,
     rounding: Literal["gptq", "awq"] = "gptq",
+    act_order: bool = False,
     force: bool = False,
 ) -> None:
     """Quantise a checkpoint's weights into a native checkpoint.
@@ -195,6 +206,7 @@ def main(
       calibration_tokens: how many of its tokens are used.
       calibration_window: tokens that are read in one go, at most; no more than the model was trained on.
       rounding: with a calibration, gptq, or awq: columns scaled before they are rounded, norms to match.
+      act_order: gptq rounds the columns that large activations meet first; groups stay as they are.
       force: replace DST if it is empty or a checkpoint.
     """
     convert(
@@ -209,6 +221,7 @@ def main(
         calibration_tokens,
         calibration_window,
         rounding,
+        act_order,
         force,
         quiet=False,
     )

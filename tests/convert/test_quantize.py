@@ -20,6 +20,7 @@ from dsv3_jax.quantization import formats
 from dsv3_jax.quantization.awq import FOLDS
 from dsv3_jax.quantization.choose import choose_formats
 from dsv3_jax.quantization.formats import parse_format
+from dsv3_jax.quantization.gptq import gptq
 from dsv3_jax.quantization.leaf import Quantized
 from tests.convert import folders
 from tests.convert.test_interrupted import Killed, stop_after
@@ -140,12 +141,14 @@ def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "text"
 
 
-def _calibrated(folder: Path, fmt: str, text: Path, path: str) -> tuple[calibrate.Calibrated, np.ndarray]:
+def _calibrated(
+    folder: Path, fmt: str, text: Path, path: str, act_order: bool = False
+) -> tuple[calibrate.Calibrated, np.ndarray]:
     """Experts alone calibrated, and the codes of the last tensor of a leaf's first layer."""
     source = open_source(folder, folders.abstract_variables)
     columns = {entry.path: entry.hf_shape[-1] for entry in source.entries}
     chosen, _ = choose_formats(columns, source.formats, parse_format(fmt), ["experts"])
-    found = calibrate.Calibrated(source, chosen, text, 256)
+    found = calibrate.Calibrated(source, chosen, text, 256, act_order=act_order)
     return found, np.concatenate(list(found.pieces(_last(source, path), "codes")))
 
 
@@ -170,6 +173,18 @@ def test_experts_whose_moments_do_not_fit_share_them(
     last = source.tensors[_last(source, EXPERTS).name]
     nearest = formats.quantize(last.read("F32"), parse_format("int8"))
     assert codes.tobytes() != nearest.codes.tobytes()
+
+
+def test_order_by_activations_is_that_of_the_experts_own_moments(hf: Path, calibration: Path) -> None:
+    """The codes of a layer's last expert, and other ones than without the order."""
+    plain, codes = _calibrated(hf, "int8", calibration, EXPERTS)
+    ordered, others = _calibrated(hf, "int8", calibration, EXPERTS, act_order=True)
+    assert str(ordered) != str(plain), "a killed conversion must not go on with the other order"
+    last = _last(ordered._source, EXPERTS)
+    matrix = ordered._source.tensors[last.name].read("F32")
+    moment = ordered._moment(EXPERTS, last.index[1])
+    want = gptq(matrix, moment, parse_format("int8"), act_order=True)
+    assert others.tobytes() == want.codes.tobytes() != codes.tobytes()
 
 
 def test_leaves_that_stay_fp8_are_calibrated_with_as_they_are(tmp_path: Path, calibration: Path) -> None:
@@ -300,6 +315,8 @@ def test_a_file_that_figures_cannot_go_to_is_told_before_the_work(
         ({"skip": ("*nothing*",)}, "matches no leaf"),
         ({"method": "fp8", "calibration": Path("x")}, "calibration"),
         ({"rounding": "awq"}, "needs --calibration"),
+        ({"act_order": True}, "act-order"),
+        ({"act_order": True, "calibration": Path("x"), "rounding": "awq"}, "act-order"),
         ({"group_size": 16, "calibration": Path("no such file")}, "no such file"),
     ],
 )
