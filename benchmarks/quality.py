@@ -41,13 +41,22 @@ Flat = dict[str, np.ndarray]
 
 
 def quality(
-    run: Path, texts: list[Path], calibration: Path, tokens: int, window: int, formats: list[str]
+    run: Path,
+    texts: list[Path],
+    calibration: Path,
+    tokens: int,
+    window: int,
+    formats: list[str],
+    roundings: list[str] | None = None,
+    each: Callable[[dict[str, Any]], Any] = lambda _: None,
 ) -> dict[str, Any]:
     """Sizes, errors of weights, perplexity, KL and agreement by format and rounding.
 
     Args:
       tokens: at most so many of each text.
       window: tokens that the model reads in one go, in texts and calibration.
+      roundings: these alone, of ROUNDINGS.
+      each: takes the result so far after each variant, so that a run that is cut off leaves what it had.
     """
     before = environment()
     source = open_source(run, abstract_variables)
@@ -60,7 +69,18 @@ def quality(
     rows: list[dict[str, Any]] = []
     nearest: list[tuple[np.ndarray, ...]] = []
     half: list[tuple[np.ndarray, ...]] = []
-    for row, flat in _variants(source, run, calibration, window, exact, columns, formats):
+    chosen = {name: [x for x in ROUNDINGS[name] if roundings is None or x in roundings] for name in formats}
+    result = {
+        "environment": before,
+        "parameters": source.count_parameters(),
+        "step": source.step,
+        "trained": _trained(run),
+        "window": window,
+        "texts": [text.stem for text in texts],
+        "calibration": calibration.stem,
+        "rows": rows,
+    }
+    for row, flat in _variants(source, run, calibration, window, exact, columns, chosen):
         if flat is not None:
             found = [one.tokens(source.cfg, unflatten_paths(flat)) for one in references]
             row["texts"] = [dataclasses.asdict(compare.Reference.measured(*one)) for one in found]
@@ -72,16 +92,8 @@ def quality(
                 text["against_bfloat16"] = against(ours, bf16)
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
-    return {
-        "environment": before,
-        "parameters": source.count_parameters(),
-        "step": source.step,
-        "trained": _trained(run),
-        "window": window,
-        "texts": [text.stem for text in texts],
-        "calibration": calibration.stem,
-        "rows": rows,
-    }
+        each(result)
+    return result
 
 
 def against(ours: tuple[np.ndarray, ...], theirs: tuple[np.ndarray, ...]) -> dict[str, float]:
@@ -115,7 +127,7 @@ def _variants(
     window: int,
     exact: Flat,
     columns: dict[str, int],
-    formats: list[str],
+    roundings: dict[str, list[str]],
 ) -> Iterator[tuple[dict[str, Any], Flat | None]]:
     half = {path: np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32) for path, leaf in exact.items()}
     every = [path for path in exact if path in columns]
@@ -123,10 +135,10 @@ def _variants(
         {"format": "bfloat16", "rounding": "nearest", "share_of_float32": 0.5, **_errors(exact, half, every)},
         half,
     )
-    for name in formats:
+    for name in roundings:
         nearest: Flat = {}
         chosen: list[str] = []
-        for rounding in ROUNDINGS[name]:
+        for rounding in roundings[name]:
             row: dict[str, Any] = {"format": name, "rounding": rounding}
             if rounding in PEERS:
                 try:

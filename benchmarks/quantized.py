@@ -12,6 +12,7 @@ from `benchmarks.texts`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -121,6 +122,7 @@ def main() -> None:
         good.add_argument(flag, type=Path, required=True)
     good.add_argument("--text", type=Path, nargs="+", required=True)
     good.add_argument("--formats", nargs="+", default=["int8", "fp8", "int4:128", "int4:64", "int4a:64"])
+    good.add_argument("--roundings", nargs="+")
     good.add_argument("--tokens", type=int, default=32768)
     good.add_argument("--window", type=int, default=256)
     good.add_argument("--name", default="quantized_quality")
@@ -132,8 +134,9 @@ def main() -> None:
     else:
         from benchmarks.quality import quality
 
-        found = quality(args.run, args.text, args.calibration, args.tokens, args.window, args.formats)
-        print(write(args.name, found))
+        how = (args.tokens, args.window, args.formats, args.roundings)
+        each = functools.partial(write, args.name)
+        print(each(quality(args.run, args.text, args.calibration, *how, each=each)))
 
 
 if __name__ == "__main__":

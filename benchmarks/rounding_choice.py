@@ -92,7 +92,10 @@ def main() -> None:
 @contextlib.contextmanager
 def _settings(how: dict[str, Any]) -> Iterator[None]:
     rounded = functools.partial(gptq.gptq_each, clippings=GRIDS[how["clippings"]])
-    with mock.patch.object(calibrate, "gptq_each", rounded), mock.patch.object(gptq, "DAMPING", how["damping"]):
+    with (
+        mock.patch.object(calibrate, "gptq_each", rounded),
+        mock.patch.object(gptq, "DAMPING", how["damping"]),
+    ):
         yield
 
 
