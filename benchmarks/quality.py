@@ -29,6 +29,7 @@ from dsv3_jax.hf.rules import flatten_paths, unflatten_paths
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.quantization.formats import Format, parse_format
 
+# "gptq+order" is the default of convert.quantize; "gptq" takes columns as they come.
 ROUNDINGS = {
     "int8": ("nearest", "gptq", "gptq+order", "qwix", "torchao"),
     "fp8": ("nearest", "qwix", "torchao"),
@@ -173,13 +174,14 @@ def quantized(
     how: dict[str, Any] = {}
     if rounding != "nearest":
         how = {"calibration": calibration, "calibration_window": window, "rounding": rounding.split("+")[0]}
-        how["act_order"] = rounding.endswith("+order")
+        if rounding != "awq":
+            how["act_order"] = rounding == "gptq+order"
     quantize.convert(
         run, dst, method=fmt.kind, group_size=fmt.group or None, asymmetric=fmt.asymmetric, **how
     )
     seconds = time.perf_counter() - started
     leaves = json.loads((dst / "quantization.json").read_text())["leaves"]
-    errors = {leaf["path"]: float(np.mean(leaf["by_layer"])) for leaf in leaves}
+    errors = {leaf["path"]: round(float(np.mean(leaf["by_layer"])), 6) for leaf in leaves}
     return {
         "seconds": seconds,
         "share_of_float32": sum(leaf["nbytes"] for leaf in leaves)
@@ -191,7 +193,9 @@ def quantized(
 
 def _errors(exact: Flat, other: Flat, paths: list[str]) -> dict[str, Any]:
     """|w - w'| / |w| of every leaf and its mean over leaves."""
-    errors = {p: float(np.linalg.norm(exact[p] - other[p]) / np.linalg.norm(exact[p])) for p in paths}
+    errors = {
+        p: round(float(np.linalg.norm(exact[p] - other[p]) / np.linalg.norm(exact[p])), 6) for p in paths
+    }
     return {"error": float(np.mean(list(errors.values()))), "errors": errors}
 
 

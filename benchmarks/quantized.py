@@ -12,7 +12,6 @@ from `benchmarks.texts`.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -135,7 +134,11 @@ def main() -> None:
         from benchmarks.quality import quality
 
         how = (args.tokens, args.window, args.formats, args.roundings)
-        each = functools.partial(write, args.name)
+
+        def each(found: dict[str, Any]) -> Path:
+            shorter = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.7g}"))
+            return write(args.name, shorter)
+
         print(each(quality(args.run, args.text, args.calibration, *how, each=each)))
 
 

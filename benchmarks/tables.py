@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cache_tables, kernel_tables
+from benchmarks import cache_tables, kernel_tables, quality_tables
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +24,7 @@ PAGES = (
     "docs/training.md",
     "docs/kernels.md",
     "docs/quantization.md",
+    "docs/finetuning.md",
 )
 
 
@@ -183,7 +184,7 @@ def quantized_quality_table(name: str = "quantized_quality") -> str:
         if "share_of_float32" in row:
             first, second = row["texts"]
             lines.append(
-                f"| {row['format']} | {row['rounding']} | {row['share_of_float32']:.3f} | {_perplexity(first)} | "
+                f"| {row['format']} | {_rounding(row)} | {row['share_of_float32']:.3f} | {_perplexity(first)} | "
                 f"{_kl(first)} | {100 * first['greedy_agreement']:.1f} % | {_perplexity(second)} | {_kl(second)} |"
             )
     first, second = result["rows"][0]["texts"]
@@ -219,7 +220,7 @@ def quantized_peers_table() -> str:
     for row in result["rows"]:
         if row["format"] not in peers or "texts" not in row:
             continue
-        by = row["rounding"] if "same_as_nearest" in row else f"ours, {row['rounding']}"
+        by = row["rounding"] if "same_as_nearest" in row else f"ours, {_rounding(row)}"
         same = f"{100 * row['same_as_nearest']:.1f} %" if "same_as_nearest" in row else ""
         cells = []
         for text in row["texts"]:
@@ -227,6 +228,10 @@ def quantized_peers_table() -> str:
             cells += ["" if nearest else _perplexity(text["against_nearest"]), _kl(text)]
         lines.append(f"| {row['format']} | {by} | {same} | {row['error']:.4f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"The model and texts of the table above. {_when(result)}"])
+
+
+def _rounding(row: dict[str, Any]) -> str:
+    return quality_tables.ROUNDING.get(row["rounding"], row["rounding"])
 
 
 def _perplexity(text: dict[str, Any]) -> str:
@@ -266,6 +271,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized_quality": quantized_quality_table,
     "quantized_quality_100m": quantized_quality_100m_table,
     "quantized_peers": quantized_peers_table,
+    "quantized_targets": quality_tables.targets_table,
+    "rounding_choice": quality_tables.choice_table,
+    "finetuning": quality_tables.finetuning_table,
     "quantized_speed": quantized_speed_table,
     **cache_tables.TABLES,
     "scaling": scaling_table,

@@ -69,7 +69,7 @@ class Calibrated:
         window: int | None = None,
         rounding: Rounding = "gptq",
         *,
-        act_order: bool = False,
+        act_order: bool = True,
         quiet: bool = True,
     ) -> None:
         self._rounding, self._act_order = rounding, act_order
@@ -97,7 +97,7 @@ class Calibrated:
 
     def __str__(self) -> str:
         """What the result depends on besides the weights."""
-        order = " by activations" if self._act_order else ""
+        order = " by activations" if self._act_order and self._rounding == "gptq" else ""
         what = f"{self._rounding}{order} {self._tokens_BT.shape}".encode() + self._tokens_BT.tobytes()
         return hashlib.sha256(what).hexdigest()
 

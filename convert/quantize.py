@@ -54,7 +54,7 @@ def convert(
     calibration_tokens: int = 16384,
     calibration_window: int = 512,
     rounding: Literal["gptq", "awq"] = "gptq",
-    act_order: bool = False,
+    act_order: bool | None = None,
     force: bool = False,
     *,
     quiet: bool = True,
@@ -69,7 +69,7 @@ def convert(
     from dsv3_jax.model import abstract_variables
 
     fmt = _format(method, group_size, asymmetric)
-    if act_order and (calibration is None or rounding != "gptq"):
+    if act_order is not None and (calibration is None or rounding != "gptq"):
         raise ConfigError("--act-order goes with --calibration and --rounding gptq")
     check_early(dst, force)
     started = time.monotonic()
@@ -92,7 +92,7 @@ def convert(
             calibration_tokens,
             calibration_window,
             rounding,
-            act_order=act_order,
+            act_order=act_order is not False,
             quiet=quiet,
         )
     elif rounding != "gptq":
@@ -189,7 +189,7 @@ def main(
     calibration_tokens: int = 16384,
     calibration_window: int = 512,
     rounding: Literal["gptq", "awq"] = "gptq",
-    act_order: bool = False,
+    act_order: bool | None = None,
     force: bool = False,
 ) -> None:
     """Quantise a checkpoint's weights into a native checkpoint.
@@ -206,7 +206,7 @@ def main(
       calibration_tokens: how many of its tokens are used.
       calibration_window: tokens that are read in one go, at most; no more than the model was trained on.
       rounding: with a calibration, gptq, or awq: columns scaled before they are rounded, norms to match.
-      act_order: gptq rounds the columns that large activations meet first; groups stay as they are.
+      act_order: gptq rounds the columns that large activations meet first (True, the default) or as they come.
       force: replace DST if it is empty or a checkpoint.
     """
     convert(

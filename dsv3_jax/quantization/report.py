@@ -131,28 +131,52 @@ def write_report(report: Report, folder: Path) -> None:
     (folder / PLOT).write_text(svg(report), encoding="utf-8")
 
 
+_STYLE = """
+svg { font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; font-size:12px; --text:#1c2126; --soft:#5c6670;
+ --grid:#d5d9dd; --page:#ffffff; --bar:#1f6fb8 }
+@media (prefers-color-scheme: dark) { svg { --text:#e6e9ec; --soft:#9aa5af; --grid:#3a4148; --page:#14171a;
+ --bar:#6ab0ee } }
+.page { fill:var(--page) } .title { fill:var(--text); font-size:14px; font-weight:600 } .name { fill:var(--text) }
+.soft { fill:var(--soft) } .grid { stroke:var(--grid) } .bar { fill:var(--bar) } .end { text-anchor:end }
+.middle { text-anchor:middle }
+"""
+
+
 def svg(report: Report) -> str:
-    """A plot of the relative error of every leaf over its layers: one row a leaf, one bar a layer."""
-    row, left, bar, right = 34, 330, 14, 90
+    """A plot of every leaf's relative error over its layers: one row a leaf, one bar a layer, heights from zero."""
+    row, tallest, right = 30, 20, 64
     layers = max(len(leaf.by_layer) for leaf in report.leaves)
     worst = max(max(leaf.by_layer) for leaf in report.leaves) or 1.0
-    width, height = max(left + bar * layers + right, 640), 56 + row * len(report.leaves)
+    bar = 24 if layers <= 12 else 14
+    left = 24 + 7 * max(len(f"{leaf.path.removeprefix('params/')} ({leaf.fmt})") for leaf in report.leaves)
+    numbers = left + max(bar * layers, 40) + 2 * right
+    width, height = max(numbers + 16, 620), 84 + row * len(report.leaves)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="system-ui, sans-serif" font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>',
-        f'<text x="12" y="22" font-size="14" fill="#111">Relative error |w - w&#8242;| / |w| by layer, rounding: '
-        f"{report.rounding} (full height: {worst:.4f})</text>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'<style>{_STYLE}</style><rect class="page" width="100%" height="100%"/>',
+        '<text class="title" x="16" y="24">Relative error |w \u2212 w\u2032| / |w| of every leaf by layer</text>',
+        f'<text class="soft" x="16" y="44">rounding: {report.rounding}; a bar of full height is {worst:.4f}</text>',
+        f'<text class="soft end" x="{numbers - right}" y="64">mean</text>',
+        f'<text class="soft end" x="{numbers}" y="64">worst</text>',
     ]
+    step = 1 if layers <= 12 else 10
+    for layer in range(0, layers, step):
+        x = left + bar * layer + (bar - 3) / 2
+        parts.append(f'<text class="soft middle" x="{x:g}" y="64">{layer}</text>')
     for i, leaf in enumerate(report.leaves):
-        base = 48 + row * (i + 1) - 6
+        base = 64 + row * (i + 1)
         name = leaf.path.removeprefix("params/")
-        parts.append(f'<text x="12" y="{base - 4}" fill="#333">{name} ({leaf.fmt})</text>')
+        parts.append(
+            f'<line class="grid" x1="16" x2="{numbers}" y1="{base + 0.5}" y2="{base + 0.5}"/>'
+            f'<text class="name" x="16" y="{base - 6}">{name} <tspan class="soft">({leaf.fmt})</tspan></text>'
+        )
         for layer, error in enumerate(leaf.by_layer):
-            tall = max(1.0, (row - 10) * error / worst)
+            tall = max(1.0, tallest * error / worst)
             parts.append(
-                f'<rect x="{left + bar * layer}" y="{base - tall:.1f}" width="{bar - 3}" height="{tall:.1f}" '
-                f'fill="#2563a8"><title>{name}, layer {layer} of its stack: {error:.5f}</title></rect>'
+                f'<rect class="bar" x="{left + bar * layer}" y="{base - tall:.1f}" width="{bar - 3}" '
+                f'height="{tall:.1f}"><title>{name}, layer {layer} of its stack: {error:.5f}</title></rect>'
             )
-        end = left + bar * len(leaf.by_layer) + 8
-        parts.append(f'<text x="{end}" y="{base - 4}" fill="#333">{max(leaf.by_layer):.4f}</text>')
+        mean = sum(leaf.by_layer) / len(leaf.by_layer)
+        for x, value in ((numbers - right, mean), (numbers, max(leaf.by_layer))):
+            parts.append(f'<text class="name end" x="{x}" y="{base - 6}">{value:.4f}</text>')
     return "\n".join([*parts, "</svg>", ""])

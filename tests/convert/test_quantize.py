@@ -142,7 +142,7 @@ def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _calibrated(
-    folder: Path, fmt: str, text: Path, path: str, act_order: bool = False
+    folder: Path, fmt: str, text: Path, path: str, act_order: bool = True
 ) -> tuple[calibrate.Calibrated, np.ndarray]:
     """Experts alone calibrated, and the codes of the last tensor of a leaf's first layer."""
     source = open_source(folder, folders.abstract_variables)
@@ -177,8 +177,8 @@ def test_experts_whose_moments_do_not_fit_share_them(
 
 def test_order_by_activations_is_that_of_the_experts_own_moments(hf: Path, calibration: Path) -> None:
     """The codes of a layer's last expert, and other ones than without the order."""
-    plain, codes = _calibrated(hf, "int8", calibration, EXPERTS)
-    ordered, others = _calibrated(hf, "int8", calibration, EXPERTS, act_order=True)
+    plain, codes = _calibrated(hf, "int8", calibration, EXPERTS, act_order=False)
+    ordered, others = _calibrated(hf, "int8", calibration, EXPERTS)
     assert str(ordered) != str(plain), "a killed conversion must not go on with the other order"
     last = _last(ordered._source, EXPERTS)
     matrix = ordered._source.tensors[last.name].read("F32")
