@@ -15,7 +15,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 RUN = REPO / "run"
 COMMANDS = ["setup", "demo", "test", "parity", "lint", "bench", "h200-env", "h200", "interpret"]
-COMMANDS += ["train", "infer", "serve", "convert", "describe", "help"]
+COMMANDS += ["train", "infer", "evaluate", "serve", "convert", "describe", "help"]
 # How a stand-in Python answers `python -m venv FOLDER`: it copies itself to where .venv's python would be.
 FAKE_VENV = """'-m venv'*) for last; do :; done; rm -rf "$last"; mkdir -p "$last/bin"; cp "$0" "$last/bin/python";;\n"""
 EXTRAS = {"cuda12", "cuda13", "test", "browser", "parity", "serve", "eval", "data", "tb"}
