@@ -97,7 +97,7 @@ def test_eight_devices_train_as_one():
     for where in (dict(), mesh):
         cfg = dataclasses.replace(RUN, mesh=MeshConfig(**{"fsdp": 1, **where}))
         devices = tiny.mesh(**where)
-        state, step = init_state(cfg, devices), jax.jit(make_train_step(cfg, devices))
+        state, step = tiny.state(cfg, devices), jax.jit(make_train_step(cfg, devices))
         losses = []
         for seed in range(2):
             state, metrics = step(state, tiny.batch(cfg, seed))

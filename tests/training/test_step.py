@@ -37,7 +37,7 @@ def _run(
     accumulate: int, mesh: tuple[int, int, int, int], steps: int
 ) -> tuple[Any, list[dict[str, np.ndarray]]]:
     cfg, devices, step = _compiled(accumulate, mesh)
-    state, history = init_state(cfg, devices), []
+    state, history = tiny.state(cfg, devices), []
     for number in range(steps):
         state, metrics = step(state, _put(cfg, devices, number))
         history.append(jax.device_get(metrics))
@@ -69,7 +69,7 @@ def test_first_five_losses_and_biases_do_not_depend_on_the_cut(
 
 def test_loss_falls_on_a_batch_seen_again() -> None:
     cfg, devices, step = _compiled(1, (1, 1, 1, 1))
-    state, losses = init_state(cfg, devices), []
+    state, losses = tiny.state(cfg, devices), []
     for _ in range(8):
         state, metrics = step(state, _put(cfg, devices))
         losses.append(float(metrics["ce_loss"]))
@@ -95,7 +95,7 @@ def test_balance_rule_moves_each_bias_by_u_towards_the_mean() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad: float) -> None:
     cfg, devices, step = _compiled(1, (1, 1, 1, 1))
-    state, _ = step(init_state(cfg, devices), _put(cfg, devices))
+    state, _ = step(tiny.state(cfg, devices), _put(cfg, devices))
     poisoned = state.replace(
         params={**state.params, "final_norm_D": state.params["final_norm_D"].at[0].set(bad)}
     )
@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad: float) -> 
 
 def test_a_spike_is_not_applied_and_counted() -> None:
     cfg, devices, step = _compiled(1, (1, 1, 1))
-    state, metrics = step(init_state(cfg, devices), _put(cfg, devices))
+    state, metrics = step(tiny.state(cfg, devices), _put(cfg, devices))
     assert int(metrics["spike"]) == 0 and int(state.guard.count) == 1
     past = Guard(jnp.full(WINDOW, 0.1), jnp.full(WINDOW, 1e3), jnp.int32(WINDOW))
     after, metrics = step(state.replace(guard=past), _put(cfg, devices))
@@ -131,7 +131,9 @@ def test_a_spike_is_not_applied_and_counted() -> None:
 def test_evaluation_gives_the_training_cross_entropy() -> None:
     _, history = _reference()
     devices = tiny.mesh(2, 4)
-    state = init_state(RUN, devices)
+    state = init_state(RUN, devices)  # its own first values, drawn on this mesh
+    drawn = tiny.state(RUN, devices)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(drawn))
     sums = jax.jit(make_eval_step(RUN, devices))(state.params, state.router, _put(RUN, devices))
     assert int(sums.targets) == (tiny.batch(RUN)["targets_BT"] >= 0).sum()
     assert float(sums.nats / sums.targets) == pytest.approx(float(history[0]["ce_loss"]), abs=1e-5)
@@ -154,7 +156,7 @@ def test_metrics_say_how_even_the_load_is_and_how_far_the_biases_spread() -> Non
 
 def test_late_values_of_rate_and_weight_act_inside_the_compiled_step() -> None:
     cfg, devices, step = _compiled(1, (1, 1, 1))
-    fresh = init_state(cfg, devices)
+    fresh = tiny.state(cfg, devices)
     for at, weight, moves in ((14, 0.3, True), (16, 0.125, False)):
         after, metrics = step(fresh.replace(step=fresh.step + at - 1), _put(cfg, devices))
         want = metrics["ce_loss"] + weight * metrics["mtp_loss"] + 0.01 * metrics["balance_loss"]
