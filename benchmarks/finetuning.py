@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.common import RESULTS, environment, write
 
-BASES = {"float32": "none", "int8": "int8", "fp8": "fp8", "int4:64": "int4:64"}
+BASES = {"float32": "none", "int8": "int8", "int4:64": "int4:64", "fp8": "fp8"}
 STEPS, EVERY = 60, 20
 _LINE = re.compile(r"base ([\d.,]+) MiB .*pairs ([\d.,]+) MiB, optimiser ([\d.,]+) MiB")
 
@@ -41,8 +41,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--runs", type=Path)
     flags = parser.parse_args()
-    before = environment()
+    weights = _weights_mib(flags.base)
     rows: list[dict[str, Any]] = []
+    full = {"weights_mib": weights, "moments_mib": 2 * weights}
+    what = {"config": "configs/tiny-lora.yaml", "steps": STEPS, "every": EVERY, "tokens_a_step": 1024}
+    result = {"environment": environment(), **what, "full_training": full, "rows": rows}
     with tempfile.TemporaryDirectory() as folder:
         runs = flags.runs or Path(folder)
         for name, rounded in BASES.items():
@@ -54,10 +57,7 @@ def main() -> None:
             off = losses / np.array(rows[0]["held_out"]) - 1
             rows[-1]["off_float32"] = off.tolist()
             print(rows[-1], file=sys.stderr, flush=True)
-    weights = _weights_mib(flags.base)
-    full = {"weights_mib": weights, "moments_mib": 2 * weights}
-    what = {"config": "configs/tiny-lora.yaml", "steps": STEPS, "every": EVERY, "tokens_a_step": 1024}
-    print(write("finetuning", {"environment": before, **what, "full_training": full, "rows": rows}))
+            write("finetuning", result)  # after each base, so that a run that is cut off leaves what it had
 
 
 def run_of(folder: Path, base: Path, rounded: str, seed: int) -> dict[str, Any]:
