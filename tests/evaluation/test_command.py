@@ -17,8 +17,9 @@ from dsv3_jax.evaluation.choose import choose_tasks
 from dsv3_jax.evaluation.code import CodeOptions
 from dsv3_jax.evaluation.prompts import Part, TextEncoder, text_prompt
 from dsv3_jax.evaluation.scoring import Score, Text
-from dsv3_jax.evaluation.subject import Answer
+from dsv3_jax.evaluation.subject import Answer, Model
 from dsv3_jax.inference import Sampling
+from dsv3_jax.inference.batch import Job
 from dsv3_jax.text import Tokenizer
 from tests.inference import tiny
 
@@ -255,3 +256,13 @@ def test_the_command_goes_on_after_a_kill_and_compares(
         assert task == theirs[name]
     with pytest.raises(ConfigError, match="--force"):
         evaluate("--out", out)
+
+
+def test_a_mesh_gives_the_scores_of_one_device(tmp_path: Path) -> None:
+    checkpoint = tiny.save(tmp_path)
+    texts = [Text(tiny.prompt(n, n), 1) for n in (5, 20, 12)]
+    found = []
+    for mesh in (None, "data=2,expert=4"):
+        job = Job(checkpoint, Sampling(), batch_size=4, mesh=mesh)
+        found.append([score.total for score in Model(job, job.open()).score(texts)])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
