@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 
 from dsv3_jax.errors import ConfigError
@@ -69,6 +70,10 @@ class Code(Rows):
     def run(self, subject: Subject, items: Sequence[int], done: Done) -> None:
         """See `Task`. Programs are run once all are written; a killed run writes them again."""
         self.missing = check_sandbox()
+        if self.missing:
+            print(
+                f"warning: the sandbox is weaker on this machine: {', '.join(self.missing)}", file=sys.stderr
+            )
         options, spec = self._options, self.spec
         prompts = []
         for item in items:

@@ -93,6 +93,7 @@ def run_program(program: Program, limits: Limits | None = None) -> Verdict:
         "memory": limits.memory,
         "file": limits.file,
         "uid": uid,
+        "parent": os.getpid(),
     }
     second = {"test": program.test, "prompt": program.prompt, "word": word}
     with tempfile.TemporaryDirectory(prefix="dsv3-code-", ignore_cleanup_errors=True) as folder:
@@ -119,6 +120,7 @@ class _Judgement:
         self._process, self._until = process, time.monotonic() + seconds
         self._buffer = b""
         self._solution: int | None = None
+        self._handle: int | None = None
         self._missing: tuple[str, ...] = ()
 
     def carry_out(self, first: dict[str, Any], second: dict[str, Any]) -> Verdict:
@@ -128,7 +130,10 @@ class _Judgement:
             started = self._line()
             if started is None or started[0] != "started":
                 return self._lost("the sandbox did not start")
-            self._solution, self._missing = started[1], tuple(started[2])
+            self._solution, self._missing = started[1], tuple(dict.fromkeys(started[2]))
+            if hasattr(os, "pidfd_open"):  # kills that process and no other, also when its judge is gone
+                with contextlib.suppress(OSError):
+                    self._handle = os.pidfd_open(self._solution)
             self._tell(second)
             verdict = self._line()
             if verdict is None:
@@ -138,7 +143,8 @@ class _Judgement:
                 if reason != second["word"]:
                     return Verdict("ended", "a pass without the word", self._missing)
                 return Verdict("passed", "", self._missing)
-            return Verdict(outcome, reason, self._missing)
+            # The solution's words may be no text: half of a surrogate pair, which no file could take.
+            return Verdict(outcome, reason.encode(errors="replace").decode(), self._missing)
         finally:
             self._kill()
 
@@ -172,8 +178,12 @@ class _Judgement:
         return Verdict("ended", reason, self._missing)
 
     def _kill(self) -> None:
+        if self._handle is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            os.close(self._handle)
         # The solution is a child of the judge, which does not wait for it before its own end: its id is not free yet.
-        if self._solution is not None and self._process.poll() is None:
+        elif self._solution is not None and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self._solution, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError, PermissionError):

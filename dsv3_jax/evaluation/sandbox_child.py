@@ -23,7 +23,8 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 MOST_ANSWER = 1 << 20  # bytes of one answer
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
-MS_REC, MS_PRIVATE = 0x4000, 0x40000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 0x40000
+SEEN = "other processes can be seen"
 AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_SETATTR = 0x8000, 1, 442
 
 
@@ -92,16 +93,22 @@ def lose_rights(uid: int | None) -> list[str]:
     LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no other process of the user may look into the judge
     if LIBC.unshare(NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC) != 0:
-        return ["no network of its own", "no process ids of its own", "files can be written"]
+        return ["no network of its own", "no process ids of its own", "files can be written", SEEN]
     # The judge's capabilities, which the solution gives up, keep it closed from here on; its own /proc/self is wanted.
     LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{user} {user} 1"),  # without a map files cannot be made in the scratch space
-        ("gid_map", f"{group} {group} 1"),
-    ):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+    try:
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),  # without a map files cannot be made in the scratch space
+            ("gid_map", f"{group} {group} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    except (
+        OSError
+    ):  # namespaces without rights in them, as AppArmor gives: no capability keeps the judge closed
+        LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        return ["files can be written", "files cannot be made in the scratch space", SEEN]
     root = b"/"
     ok = LIBC.mount(None, root, None, MS_REC | MS_PRIVATE, None) == 0
     ok = ok and LIBC.mount(b"scratch", os.fsencode(os.getcwd()), b"tmpfs", 0, b"size=64m,mode=0777") == 0
@@ -116,9 +123,18 @@ def lose_rights(uid: int | None) -> list[str]:
     return missing
 
 
+def own_processes() -> list[str]:
+    """Let /proc show the process ids of this namespace alone, for this process alone; what could not be had."""
+    flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    hidden = os.getpid() == 1 and LIBC.unshare(NEWNS) == 0
+    return [] if hidden and LIBC.mount(b"proc", b"/proc", b"proc", flags, None) == 0 else [SEEN]
+
+
 def run_solution(job: dict[str, Any], requests: int, answers: int, held: list[int]) -> None:
     """The process of the solution: limits, then its text, then calls until there is no judge."""
+    os.setsid()  # so that signals to its group do not reach the judge
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    missing = own_processes() if sys.platform == "linux" else []
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
@@ -146,6 +162,9 @@ def run_solution(job: dict[str, Any], requests: int, answers: int, held: list[in
         def tell(value: Any) -> None:
             told.write(json.dumps(value).encode() + b"\n")
 
+        tell(missing)
+        if not asked.readline():  # nothing runs before whoever started the judge can end this process
+            os._exit(0)
         try:
             exec(compile(job["program"], "<solution>", "exec"), space)
             function = space[job["entry_point"]]
@@ -172,6 +191,16 @@ class Proxy:
     def __init__(self, requests: int, answers: int) -> None:
         self._requests, self._answers = open(requests, "wb", buffering=0), open(answers, "rb")
 
+    def begin(self) -> None:
+        """Let the solution's text run."""
+        with contextlib.suppress(BrokenPipeError):  # told by the missing answer
+            self._requests.write(b"\n")
+
+    def prepared(self) -> list[str]:
+        """What the solution's process could not have, told before the solution's text runs."""
+        missing: list[str] = json.loads(self._answers.readline(MOST_ANSWER))
+        return missing
+
     def read(self) -> Any:
         """One answer of the solution."""
         line = self._answers.readline(MOST_ANSWER)
@@ -185,7 +214,9 @@ class Proxy:
                 return decode(rest[0])
             elif kind == "ready":
                 return None
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            else:
+                raise ValueError(kind)
+        except Exception as error:  # whatever it is, it is not the tests' own
             raise Ended(f"what came is no answer ({type(error).__name__})") from None
         made = getattr(builtins, name, None)
         if not (isinstance(made, type) and issubclass(made, Exception)):
@@ -227,6 +258,10 @@ def main() -> None:
     job = json.loads(sys.stdin.buffer.readline())
     held = [] if job["uid"] is None or sys.platform != "linux" else hold_library()
     missing = lose_rights(job["uid"]) if sys.platform == "linux" else ["no namespaces on this system"]
+    if sys.platform == "linux":  # after the change of user, which would undo it
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != job["parent"]:  # gone before
+            os._exit(96)
     ask_read, ask_write = os.pipe()
     tell_read, tell_write = os.pipe()
     child = os.fork()
@@ -238,11 +273,15 @@ def main() -> None:
             os._exit(98)
     os.close(ask_read)
     os.close(tell_write)
-    out.write(json.dumps(["started", child, missing]) + "\n")
+    resource.setrlimit(
+        resource.RLIMIT_AS, (job["memory"], job["memory"])
+    )  # answers take the judge's memory too
+    proxy = Proxy(ask_write, tell_read)
+    out.write(json.dumps(["started", child, [*missing, *proxy.prepared()]]) + "\n")
     tests = json.loads(sys.stdin.buffer.readline())
     verdict: list[Any]
     try:
-        proxy = Proxy(ask_write, tell_read)
+        proxy.begin()
         proxy.read()
         judge({**job, **tests}, proxy)
         verdict = ["passed", tests["word"]]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import subprocess
 import sys
 import tempfile
 import threading
@@ -57,6 +60,7 @@ HOSTILE = {
     "    except OSError: pass\n",
     "syntax": "def double(x) return x\n",
     "no function": "x = 1\n",
+    "no text": "def double(x):\n    raise ValueError('\\ud800')\n",
     "deep": "def double(x):\n    y = []\n    for _ in range(100000): y = [y]\n    return y\n",
 }
 
@@ -81,7 +85,7 @@ def test_hostile_programs_do_not_pass(name: str) -> None:
     begun = time.monotonic()
     verdict = run_program(program(HOSTILE[name]), limits)
     assert not verdict.passed, verdict
-    assert verdict.outcome in ("failed", "ended", "timeout") and verdict.reason
+    assert verdict.outcome in ("failed", "ended", "timeout") and verdict.reason.encode()
     assert time.monotonic() - begun < limits.seconds + 3
     assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
     assert not left()
@@ -99,6 +103,98 @@ def left() -> list[str]:
         if mine and any(word.endswith(b"sandbox_child.py") for word in words):
             found.append(folder.name)
     return found
+
+
+def named(name: str) -> list[int]:
+    """Processes that call themselves so."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "comm").read_text().strip() == name:
+                found.append(int(folder.name))
+    return found
+
+
+STAYS = """
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+libc.prctl(15, b"NAME", 0, 0, 0)
+libc.prctl(1, 0, 0, 0, 0)  # no signal at its parent's end
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("target", ["0", "os.getppid() or 0"])
+def test_nothing_is_left_of_a_program_that_kills_its_judge(target: str) -> None:
+    name = f"left-{secrets.token_hex(4)}"
+    text = STAYS.replace("NAME", name) + f"libc.kill({target}, 9)\nlibc.setsid()\ntime.sleep(30)\n"
+    assert not run_program(program(text), Limits(1.5)).passed
+    until = time.monotonic() + 5  # what is killed is a zombie for a moment; the program would sleep longer
+    while named(name) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not named(name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_programs_end_with_a_killed_evaluation() -> None:
+    name = f"left-{secrets.token_hex(4)}"
+    text = f'import ctypes, time\nctypes.CDLL(None).prctl(15, b"{name}", 0, 0, 0)\ntime.sleep(30)\n'
+    command = (
+        "from dsv3_jax.evaluation.sandbox import *\n"
+        f"run_program(Program({text!r}, 'double', 'assert False'), Limits(30))\n"
+    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)
+        own = {**os.environ, "TMPDIR": folder}  # the program's folder stays: nobody is left to remove it
+        with subprocess.Popen([sys.executable, "-c", command], env=own) as process:
+            until = time.monotonic() + 20
+            while not named(name) and time.monotonic() < until:
+                time.sleep(0.05)
+            running = named(name)
+            process.kill()
+    until = time.monotonic() + 5
+    while named(name) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert running and not named(name)
+
+
+ANSWERS = """
+import os, sys
+def told():
+    frame = sys._getframe()
+    while "answers" not in frame.f_locals: frame = frame.f_back
+    return frame.f_locals["answers"]
+pipe = told()
+def double(x):
+    os.write(pipe, ANSWER)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "answer", [b'["value"]', b'["other", 1]', b'["value", ["int", Infinity]]', b"[" * 10000, b"\xff"]
+)
+def test_tests_cannot_take_what_is_no_answer_for_an_error(answer: bytes) -> None:
+    test = "try:\n    double(1)\nexcept Exception:\n    pass\n"
+    verdict = run_program(program(ANSWERS.replace("ANSWER", repr(answer + b"\n")), test), LIMITS)
+    assert verdict.outcome == "ended" and "no answer" in verdict.reason
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+def test_namespaces_without_rights_in_them_are_told() -> None:
+    """As AppArmor gives them to ordinary users: made, but nothing may be mapped or mounted."""
+    code = (
+        "import builtins, json\nfrom dsv3_jax.evaluation import sandbox_child as child\nreal = open\n"
+        "def refuse(path, *rest):\n"
+        "    if 'map' in str(path): raise PermissionError(1, 'Operation not permitted')\n"
+        "    return real(path, *rest)\n"
+        "builtins.open = refuse\nprint(json.dumps(child.lose_rights(None)), child.LIBC.prctl(3, 0, 0, 0, 0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    missing, dumpable = done.stdout.rsplit(" ", 1)
+    assert "files can be written" in missing
+    assert dumpable.strip() == "0"  # the judge stays closed
 
 
 def test_the_tests_are_not_in_the_programs_memory() -> None:
@@ -137,6 +233,7 @@ def test_no_environment_no_files_no_network_no_other_process(monkeypatch: pytest
         "    if x == 'network':\n        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
         "        try: s.connect(('127.0.0.1', 9)); return True\n        except OSError: return False\n"
         "    if x == 'pid': return os.getppid()\n"
+        "    if x == 'processes': return sum(name.isdigit() for name in os.listdir('/proc'))\n"
         "    try: open(x, 'w').write('x'); return True\n    except OSError: return False\n"
         "def alive(fd):\n    try: os.fstat(fd); return True\n    except OSError: return False\n"
     )
@@ -152,7 +249,12 @@ def test_no_environment_no_files_no_network_no_other_process(monkeypatch: pytest
         "c('fork') == True",
     ]
     if not missing:
-        asserts += ["c('network') == False", "c('pid') == 0", f"c({outside!r} + '/new') == False"]
+        asserts += [
+            "c('network') == False",
+            "c('pid') == 0",
+            "c('processes') == 1",
+            f"c({outside!r} + '/new') == False",
+        ]
     test = "def check(c):\n" + "".join(f"    assert {line}, {line!r}\n" for line in asserts)
     verdict = run_program(program(text, test), LIMITS)
     assert verdict.passed, verdict
