@@ -62,6 +62,8 @@ def evaluate(flags: Flags) -> int:
         limit=flags.limit,
         seed=flags.seed,
     )
+    if against is not None:
+        run.check_against(tasks, against)
     if any(task.spec.task == "code" for task in tasks):
         print(WARNING, file=sys.stderr)
     job = Job(

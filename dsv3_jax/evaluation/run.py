@@ -84,10 +84,7 @@ def results(
     items: bool = False,
     against: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The results as JSON; `items`: every record too; `against`: earlier results with their items, to be compared with.
-
-    Raises ConfigError where `against` is of other items.
-    """
+    """The results as JSON; `items`: every record too; `against`: earlier results, after `check_against`."""
     found: dict[str, Any] = {"format": FORMAT, **about, "tasks": {}}
     for task, own in zip(tasks, records, strict=True):
         entry: dict[str, Any] = {
@@ -101,22 +98,48 @@ def results(
         }
         if task.missing:
             entry["sandbox_without"] = list(task.missing)
-        if against is not None:
-            entry["against"] = _against(task, own, against)
+        compared = None if against is None else _against(task, own, against)
+        if compared is not None:
+            entry["against"] = compared
         if items:
+            entry["data"] = _digest(repr(task.content))
             entry["records"] = [{"id": name, **record} for name, record in zip(task.names, own, strict=True)]
         found["tasks"][task.spec.name] = entry
     return found
 
 
-def _against(task: Task, own: Sequence[Record], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Paired difference of the items' values, and how many decisions are alike."""
-    name = task.spec.name
-    theirs = other.get("tasks", {}).get(name, {}).get("records")
-    if theirs is None:
-        raise ConfigError(f"--against has no items of {name}; it must be a result of --items")
-    if [record.get("id") for record in theirs] != list(task.names):
-        raise ConfigError(f"--against has other items of {name}; both must be of the same file and --limit")
+def check_against(tasks: Sequence[Task], other: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless earlier results have the same items of every task; told before any work."""
+    for task in tasks:
+        name, theirs = task.spec.name, other.get("tasks", {}).get(task.spec.name, {})
+        if "records" not in theirs:
+            raise ConfigError(f"--against has no items of {name}; it must be a result of --items")
+        same = [record.get("id") for record in theirs["records"]] == list(task.names)
+        # Numbers as names are those of any file, so contents are compared too.
+        if not same or (theirs.get("kind"), theirs.get("data")) != (
+            task.spec.task,
+            _digest(repr(task.content)),
+        ):
+            raise ConfigError(
+                f"--against has other items of {name}; both must be of the same file and --limit"
+            )
+        try:
+            for record in theirs["records"]:
+                task.value(record)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ConfigError(f"--against: a record of {name} is not whole ({error})") from None
+
+
+def _against(task: Task, own: Sequence[Record], other: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Paired difference of the items' values, and how many decisions are alike; None where tokens differ."""
+    theirs = other["tasks"][task.spec.name]["records"]
+    tokens = [[sum(record.get("window_tokens", [])) for record in records] for records in (own, theirs)]
+    if tokens[0] != tokens[1]:
+        print(
+            f"note: {task.spec.name} is not compared: the other model cuts the texts into other tokens",
+            file=sys.stderr,
+        )
+        return None
     change = metrics.difference([task.value(a) for a in own], [task.value(b) for b in theirs])
     entry: dict[str, Any] = {"difference": {"value": change.value, "stderr": change.error}}
     same = agreement(own, theirs)
