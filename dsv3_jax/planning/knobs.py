@@ -89,6 +89,9 @@ def _changes(cfg: RunConfig, shape: Mapping[str, int]) -> Iterator[_Change]:
     if cfg.optimizer.moment_dtype == "float32":
         rounded = changed("optimizer", moment_dtype="bfloat16")
         yield "--optimizer.moment_dtype bfloat16", "moments are rounded", rounded, shape
+    if cfg.lora.rank and cfg.lora.base_quantize == "none":
+        rounded = changed("lora", base_quantize="int4:64")
+        yield "--lora.base_quantize int4:64", "the base is rounded", rounded, shape
     if cfg.model.dtype == "float32":
         yield "--model.dtype bfloat16", "rounding", changed("model", dtype="bfloat16"), shape
     if shape["expert"] * 2 <= cfg.model.n_routed_experts:

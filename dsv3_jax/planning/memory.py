@@ -18,11 +18,14 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from dsv3_jax.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from dsv3_jax.config import LoraConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from dsv3_jax.parallel import MESH_AXES
-from dsv3_jax.parallel.leaves import placement_of
+from dsv3_jax.parallel.exchange import EXPERT_HEADROOM
+from dsv3_jax.parallel.leaves import Placement, placement_of
 from dsv3_jax.planning.activations import F32, Tokens
-from dsv3_jax.training.step import abstract_state
+from dsv3_jax.planning.frozen import base_of, middle_values, named_leaves, pair_rows, part_of
+from dsv3_jax.quantization.leaf import Quantized
+from dsv3_jax.training.step import State, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Memory:
       gradients: gradients of a micro-batch and, with accumulation, their float32 sums.
       copies: weights in the compute type: experts, gathered once a step, and the head while losses are computed.
       activations: what the layers keep for backward, by the remat policy.
+      frozen: weights under LoRA pairs as they are stored, exact; `parameters` are then the pairs.
       workspace: the rest of the phase named by `phase`.
       phases: bytes in use during each phase, the state included.
     """
@@ -49,11 +53,12 @@ class Memory:
     workspace: int
     phase: str
     phases: Mapping[str, int]
+    frozen: int = 0
 
     @property
     def arguments(self) -> int:
         """Bytes that are there before the step begins."""
-        return self.parameters + self.optimizer + self.other + self.batch
+        return self.parameters + self.frozen + self.optimizer + self.other + self.batch
 
     @property
     def peak(self) -> int:
@@ -82,28 +87,35 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def memory(cfg: RunConfig, mesh: Any) -> Memory:
-    """The memory of a run's step.
+    """The memory of a run's step. The base of a LoRA run is opened; none of its weights is read.
 
     Args:
       mesh: a Mesh or `abstract_mesh`.
     Raises:
-      ConfigError: the mesh does not fit the model.
+      ConfigError: the mesh does not fit the model, or as `open_base` does.
     """
-    weights = _weights(cfg.model, cfg.optimizer, mesh)
+    weights = _weights(cfg.model, cfg.optimizer, cfg.lora, mesh)
     tokens = Tokens(cfg, mesh)
     parameters, optimizer, other = weights.parameters, weights.optimizer, weights.other
     batch = 4 * 4 * tokens.a_step
-    arguments = parameters + optimizer + other + batch
+    arguments = parameters + weights.frozen + optimizer + other + batch
 
     accumulates = cfg.training.accumulate > 1
     sums = weights.dense + weights.experts * F32 if accumulates else 0
     fresh = weights.dense + weights.experts * weights.expert_gradient
-    kept = tokens.kept() + (weights.kept_experts if cfg.training.remat == "none" else 0)
+    kept = tokens.kept() + (
+        weights.kept_experts + tokens.n * weights.pairs if cfg.training.remat == "none" else 0
+    )
     # Every phase: (gradients, copies, activations, workspace).
     copies = weights.copies
     phases = {
         "loss": (sums, copies + weights.head_copy, kept, tokens.loss() + weights.head * F32),
-        "backward of a layer": (sums + fresh, copies, kept, tokens.layer() + weights.layer),
+        "backward of a layer": (
+            sums + fresh,
+            copies,
+            kept,
+            tokens.layer() + tokens.n * weights.pairs_layer + weights.layer,
+        ),
         "backward of the embedding": (sums + fresh, copies, 0, weights.embedding * F32),
         "reduction of the gradients": (
             sums or fresh,
@@ -128,6 +140,7 @@ def memory(cfg: RunConfig, mesh: Any) -> Memory:
         int(workspace),
         phase,
         {name: int(size) for name, size in totals.items()},
+        weights.frozen,
     )
 
 
@@ -149,52 +162,74 @@ class _Weights:
     layer: int  # dense weights of the largest layer, gathered, with one gradient
     reduced: int  # gradients of experts, cut as stored
     largest_cast: int  # float32 form of the largest expert leaf's gradient
+    frozen: int  # the base of a LoRA run
+    pairs: int  # between the factors of all pairs, a token
+    pairs_layer: int  # and of the layer that has most, with what goes into and comes out of experts' pairs
 
 
 @functools.cache
-def _weights(model: ModelConfig, optimizer: OptimizerConfig, mesh: Any) -> _Weights:
+def _weights(model: ModelConfig, optimizer: OptimizerConfig, lora: LoraConfig, mesh: Any) -> _Weights:
     training = TrainingConfig(seq_len=min(TrainingConfig().seq_len, model.max_position_embeddings))
-    state = abstract_state(RunConfig(model=model, optimizer=optimizer, training=training), mesh)
+    cfg = RunConfig(model=model, optimizer=optimizer, training=training, lora=lora)
+    state = abstract_state(cfg, mesh, base_of(lora, model))
     c = 2 if model.dtype == "bfloat16" else F32
     total = dict.fromkeys((field.name for field in dataclasses.fields(_Weights)), 0)
     total["expert_gradient"] = F32
     layers: dict[str, int] = {}
+    middles: dict[str, int] = {}
     largest = 0
-    for path, leaf in _paths(state.params):
-        place = placement_of(path, leaf, mesh)
-        stored = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    for trained, path, leaf in _leaves(state):
+        quantized = isinstance(leaf, Quantized)
+        place = Placement("") if quantized else placement_of(path, leaf, mesh)
+        stored = math.prod(part_of(leaf))
         whole = stored * math.prod(mesh.shape[axis] for _, axes in place.gathers for axis in axes)
-        cast = bool(place.gathers) or c < F32
+        cast = quantized or bool(place.gathers) or leaf.dtype.itemsize != c
         stack, name = path.split("/")[1], path.rpartition("/")[2]
-        one_layer = whole // (leaf.shape[0] if stack in ("dense", "moe", "mtp") else 1)
+        count = leaf.shape[0] if stack in ("dense", "moe", "mtp") else 1
+        one_layer = whole // count
+        if lora.rank and trained:
+            middle = middle_values(path, part_of(leaf), model.num_experts_per_tok) * c
+            rows = pair_rows(path, part_of(leaf), model.num_experts_per_tok) * c
+            rows = int(rows * EXPERT_HEADROOM) if mesh.shape["expert"] > 1 else rows
+            middles[stack] = middles.get(stack, 0) + middle + rows
+            total["pairs"] += count * middle
         if place.once:
-            total["experts"] += whole
-            total["reduced"] += stored * F32
+            if trained:
+                total["experts"] += whole
+                total["reduced"] += stored * F32
             if place.gathers:
                 total["copies"] += whole * c
-                total["expert_gradient"] = c
-                total["largest_cast"] = max(total["largest_cast"], whole * F32 if c < F32 else 0)
+                if trained:
+                    total["expert_gradient"] = c
+                    total["largest_cast"] = max(total["largest_cast"], whole * F32 if c < F32 else 0)
             elif cast:
                 layers[stack] = layers.get(stack, 0) + one_layer * c
             if "gate_up" in name:
                 total["kept_experts"] += whole * (c if cast else F32)
             continue
-        total["dense"] += stored * F32
+        if trained:
+            total["dense"] += stored * F32
         if name.startswith("head") or (name == "embed_VD" and model.tie_word_embeddings):
-            total["head"] = whole
+            total["head"] = whole if trained else 0
             total["head_copy"] = whole * c if cast else 0
         if name.startswith("embed_V"):
-            total["embedding"] = whole if place.gathers else 0
+            total["embedding"] = whole if place.gathers and trained else 0
         elif not name.startswith("head"):
             layers[stack] = layers.get(stack, 0) + (one_layer * c if cast else 0)
-            largest = max(largest, one_layer * (c + F32))
+            if trained:
+                largest = max(largest, one_layer * (c + F32))
     total["layer"] = max(layers.values(), default=0) + largest
+    total["pairs_layer"] = max(middles.values(), default=0)
     total["parameters"] = bytes_per_device(state.params)
+    total["frozen"] = bytes_per_device(state.frozen)
     total["optimizer"] = bytes_per_device(state.opt_state)
-    total["other"] = bytes_per_device(state) - total["parameters"] - total["optimizer"]
+    named = ("parameters", "frozen", "optimizer")
+    total["other"] = bytes_per_device(state) - sum(total[name] for name in named)
     return _Weights(**total)
 
 
-def _paths(params: Any) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path({"params": params})[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+def _leaves(state: State) -> Iterator[tuple[bool, str, Any]]:
+    """(trained, path, leaf)."""
+    for trained, tree in ((True, state.params), (False, state.frozen)):
+        for path, leaf in named_leaves(tree):
+            yield trained, path, leaf

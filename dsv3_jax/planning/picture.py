@@ -9,11 +9,22 @@ from html import escape
 from dsv3_jax.parallel import MESH_AXES
 from dsv3_jax.planning.hardware import NODE, USABLE
 from dsv3_jax.planning.plan import Plan, table_of
-from dsv3_jax.planning.show import axis_rows, coordinates, count, memory_rows, size, time_rows
+from dsv3_jax.planning.show import (
+    axis_rows,
+    compiled_line,
+    coordinates,
+    count,
+    leaf_rows,
+    lora_line,
+    memory_rows,
+    size,
+    time_rows,
+)
 
 _WIDTH = 960
 _NUMBERED = 64  # devices that are drawn large, with their numbers
 _COLORS = ("#4269d0", "#7aa2f7", "#8a8f98", "#efb118", "#3ca951", "#ff725c", "#a463f2")  # parts of the peak
+_FROZEN = "#1b9e9e"
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:32px auto;padding:0 16px;color:#1d2330;
 background:#fff}
@@ -91,11 +102,15 @@ def _device(
         )
 
 
+def _colors(plan: Plan) -> tuple[str, ...]:
+    return _COLORS if plan.lora is None else (_FROZEN, *_COLORS)
+
+
 def _memory_svg(plan: Plan) -> str:
     """The parts of the peak as one bar, and a line where the usable memory ends."""
     end = max(plan.memory.peak, plan.hardware.memory) * 1.02
     x, shapes = 0.0, []
-    for (name, n, _), color in zip(memory_rows(plan), _COLORS, strict=True):
+    for (name, n, _), color in zip(memory_rows(plan), _colors(plan), strict=True):
         width = n / end * _WIDTH
         shapes.append(
             f'<rect x="{x:.1f}" y="22" width="{width:.1f}" height="34" fill="{color}"><title>{name}: {size(n)}'
@@ -129,7 +144,7 @@ def page(plan: Plan) -> str:
     verdict = '<b class="ok">fits</b>' if plan.fits else '<b class="bad">does not fit</b>'
     colored = [
         (f'<i style="background:{color}"></i>{escape(name)}', size(n), escape(note))
-        for (name, n, note), color in zip(memory_rows(plan), _COLORS, strict=True)
+        for (name, n, note), color in zip(memory_rows(plan), _colors(plan), strict=True)
     ]
     colored.append(
         ("<b>peak</b>", f"<b>{size(need.peak)}</b>", f"{100 * need.peak / plan.usable:.0f} % of usable")
@@ -148,8 +163,12 @@ def page(plan: Plan) -> str:
         f"<p>An estimate but for the exact rows. {100 * USABLE:.0f} % of {size(plan.hardware.memory)} counts as usable "
         f"(XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}). By phase: "
         + ", ".join(f"{name} {size(n)}" for name, n in need.phases.items())
-        + ".</p>",
+        + f".</p><p>{compiled_line(plan)}</p>",
     ]
+    if plan.lora is not None:
+        head = ("leaf", "shape", "stored as", "cut: dimension and axes", "on a device")
+        cells = [[escape(cell) for cell in row] for row in leaf_rows(plan)]
+        parts.append(f"<h2>Weights</h2><p>{escape(lora_line(plan))}</p>{_rows(cells, (4,), head)}")
     if plan.knobs:
         rows = [
             (

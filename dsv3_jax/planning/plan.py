@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.errors import ConfigError
 from dsv3_jax.model.counts import flops_per_token, leaves, train_flops_per_token
 from dsv3_jax.parallel import make_mesh, mesh_shape
 from dsv3_jax.planning.collectives import Collective, parse
+from dsv3_jax.planning.frozen import LoraPlan, base_of, lora_flops_per_token, plan_lora
 from dsv3_jax.planning.hardware import LINK_SHARE, MATMUL_SHARE, USABLE, Hardware
 from dsv3_jax.planning.knobs import Knob, knobs
 from dsv3_jax.planning.memory import Memory, abstract_mesh, memory
@@ -73,6 +73,7 @@ class Plan:
     executed_flops: float
     compiled: Compiled | None
     times: Times | None
+    lora: LoraPlan | None = None
 
     @property
     def devices(self) -> int:
@@ -101,16 +102,18 @@ def make_plan(cfg: RunConfig, devices: int, hardware: Hardware, *, compiles: boo
     Args:
       compiles: also lower and compile the step; this process must have that many (simulated) devices.
     Raises:
-      ConfigError: mesh, devices, batch and model do not fit together.
+      ConfigError: mesh, devices, batch, model and base do not fit together.
     """
-    if cfg.lora.rank:
-        raise ConfigError(f"lora.rank is {cfg.lora.rank}: only full training is planned; expected 0")
     shape = mesh_shape(cfg.mesh, devices)
     need = memory(cfg, abstract_mesh(shape))
     items = leaves(cfg.model)
     tokens = cfg.training.batch_size * cfg.training.seq_len / devices
     model_flops = train_flops_per_token(cfg.model, cfg.training.seq_len) * tokens
     forward = flops_per_token(cfg.model, items, cfg.training.seq_len)
+    base, further = base_of(cfg.lora, cfg.model), 0.0
+    if base is not None:
+        model, further = lora_flops_per_token(cfg, base, forward["attention_mean"])
+        model_flops = model * tokens
     head = 2 * cfg.model.vocab_size * cfg.model.hidden_size
     # Backward of attention makes the scores again; remat makes the layers' products again, "latents" without them.
     again = 0.5 * forward["attention_mean"]
@@ -118,12 +121,13 @@ def make_plan(cfg: RunConfig, devices: int, hardware: Hardware, *, compiles: boo
         again += forward["matmul"] - head
     if cfg.training.remat == "full":
         again += forward["attention_mean"]
-    executed = model_flops + again * tokens
+    executed = model_flops + (further + again) * tokens
     compiled = compile_step(cfg, devices) if compiles else None
     times = None
     if compiled is not None:
         times = times_of_step(need, model_flops, executed, compiled.collectives, hardware, cfg.model.dtype)
     plan = Plan(cfg.run.name, cfg, shape, hardware, need, (), model_flops, executed, compiled, times)
+    plan = dataclasses.replace(plan, lora=plan_lora(cfg, abstract_mesh(shape)))
     return plan if plan.fits else dataclasses.replace(plan, knobs=tuple(knobs(cfg, shape, plan.usable)))
 
 
@@ -140,8 +144,9 @@ def compile_step(cfg: RunConfig, devices: int) -> Compiled:
     sharding, shape = batch_sharding(mesh), (cfg.training.batch_size, cfg.training.seq_len)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for key in BATCH_KEYS}
     start = time.perf_counter()
-    step = jax.jit(make_train_step(cfg, mesh), donate_argnums=0)
-    lowered = step.lower(abstract_state(cfg, mesh), batch)
+    base = base_of(cfg.lora, cfg.model)
+    step = jax.jit(make_train_step(cfg, mesh, base), donate_argnums=0)
+    lowered = step.lower(abstract_state(cfg, mesh, base), batch)
     middle = time.perf_counter()
     # Only the optimised program is read: machine code of less quality takes half the time.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})
@@ -208,6 +213,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model_flops_per_device": plan.model_flops,
         "executed_flops_per_device": plan.executed_flops,
     }
+    if plan.lora is not None:
+        result["trained_parameters"], result["total_parameters"] = plan.lora.counts
+        result["leaves"] = [dataclasses.asdict(row) for row in plan.lora.rows]
     if compiled is not None and plan.times is not None:
         result["collectives"] = table_of(compiled.collectives)
         result["times"] = dataclasses.asdict(plan.times)

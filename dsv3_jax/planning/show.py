@@ -58,8 +58,10 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (1,)) -> list[st
 def memory_rows(plan: Plan) -> list[tuple[str, int, str]]:
     """Name, bytes and note of each part of the peak."""
     need = plan.memory
+    lora = plan.lora is not None
     return [
-        ("parameters", need.parameters, "float32 master weights, exact"),
+        *([("frozen base", need.frozen, "as it is stored, exact")] if lora else []),
+        ("parameters", need.parameters, f"float32 {'LoRA pairs' if lora else 'master weights'}, exact"),
         ("optimiser state", need.optimizer, "exact"),
         ("batch, routing biases", need.batch + need.other, "exact"),
         ("gradients", need.gradients, "of a micro-batch, and their float32 sums"),
@@ -84,6 +86,7 @@ def _memory(plan: Plan) -> list[str]:
         f"  By phase: {others}.",
         f"  An estimate but for the exact rows. {100 * USABLE:.0f} % of the memory counts as usable: set "
         f"XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}.",
+        *([f"  {compiled_line(plan)}"] if plan.compiled is not None else []),
     ]
     if not plan.fits:
         largest = max(memory_rows(plan), key=lambda row: row[1])
@@ -122,6 +125,52 @@ def _collectives(plan: Plan) -> list[str]:
             "  moe.dispatch ragged_all_to_all is counted as all_to_all, its upper bound: only GPUs have it."
         )
     return lines
+
+
+def leaf_rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
+    """Path, shape, type, what is cut and bytes on a device of each leaf of a LoRA run."""
+    if plan.lora is None:
+        return []
+    return [
+        (
+            row.path.removeprefix("params/"),
+            " x ".join(f"{n:,}" for n in row.shape),
+            row.stored,
+            row.cut,
+            size(row.nbytes),
+        )
+        for row in plan.lora.rows
+    ]
+
+
+def lora_line(plan: Plan) -> str:
+    """What a LoRA run trains; nothing for full training."""
+    if plan.lora is None:
+        return ""
+    trained, total = plan.lora.counts
+    lora = plan.cfg.lora
+    return (
+        f"LoRA rank {lora.rank} on {lora.base}: {trained:,} parameters are trained ({100 * trained / total:.2f} %), "
+        f"{total - trained:,} are frozen"
+    )
+
+
+def _lora(plan: Plan) -> list[str]:
+    if plan.lora is None:
+        return []
+    head = ("leaf", "shape", "stored as", "cut: dimension and axes", "on a device")
+    return [lora_line(plan), *table([head, *leaf_rows(plan)], (4,))]
+
+
+def compiled_line(plan: Plan) -> str:
+    """The compiled step's memory beside the estimate; nothing for a plan that was not compiled."""
+    if plan.compiled is None:
+        return ""
+    need, said = plan.memory, plan.compiled
+    line = f"Compiled for the CPU: arguments {size(said.argument_bytes)} (planned {size(need.arguments)})"
+    if plan.cfg.model.dtype != "float32":
+        return line + "; temporaries are not comparable in bfloat16, which XLA:CPU widens."
+    return line + f", temporaries {size(said.temporary_bytes)} (planned {size(need.temporary)})."
 
 
 def time_rows(plan: Plan) -> list[tuple[str, str, str]]:
@@ -253,5 +302,5 @@ def text(plan: Plan) -> str:
         f"Dry run of {plan.name}: {training.batch_size:,} sequences of {training.seq_len:,} tokens a step in "
         f"{training.accumulate} micro-batch{'es' * (training.accumulate > 1)}, {model.dtype}"
     )
-    blocks = [[title], [mesh_text(plan)], _memory(plan), _collectives(plan), _times(plan)]
+    blocks = [[title], [mesh_text(plan)], _lora(plan), _memory(plan), _collectives(plan), _times(plan)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
