@@ -98,7 +98,12 @@ def run_program(program: Program, limits: Limits | None = None) -> Verdict:
     second = {"test": program.test, "prompt": program.prompt, "word": word}
     with tempfile.TemporaryDirectory(prefix="dsv3-code-", ignore_cleanup_errors=True) as folder:
         if uid is not None:
-            os.chown(folder, uid, uid)
+            try:
+                os.chown(folder, uid, uid)
+            except OSError as error:  # a namespace whose root is the only user
+                raise ConfigError(
+                    f"programs cannot be run here: root cannot make user {uid} ({error.strerror}); run as another user"
+                ) from None
         with subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(_CHILD)],
             stdin=subprocess.PIPE,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_jax.errors import ConfigError
 from dsv3_jax.evaluation.sandbox import Limits, Program, check_sandbox, run_program, run_programs
 
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate([3]) == [3, 3]\n"
@@ -140,7 +141,8 @@ def test_programs_end_with_a_killed_evaluation() -> None:
     name = f"left-{secrets.token_hex(4)}"
     text = f'import ctypes, time\nctypes.CDLL(None).prctl(15, b"{name}", 0, 0, 0)\ntime.sleep(30)\n'
     command = (
-        "from dsv3_jax.evaluation.sandbox import *\n"
+        "from dsv3_jax.errors import ConfigError
+from dsv3_jax.evaluation.sandbox import *\n"
         f"run_program(Program({text!r}, 'double', 'assert False'), Limits(30))\n"
     )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -195,6 +197,17 @@ def test_namespaces_without_rights_in_them_are_told() -> None:
     missing, dumpable = done.stdout.rsplit(" ", 1)
     assert "files can be written" in missing
     assert dumpable.strip() == "0"  # the judge stays closed
+
+
+def test_a_root_that_is_the_only_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(ConfigError, match="run as another user"):
+        run_program(program(GOOD), LIMITS)
+    assert not left()
 
 
 def test_the_tests_are_not_in_the_programs_memory() -> None:
