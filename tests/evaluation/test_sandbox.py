@@ -141,8 +141,7 @@ def test_programs_end_with_a_killed_evaluation() -> None:
     name = f"left-{secrets.token_hex(4)}"
     text = f'import ctypes, time\nctypes.CDLL(None).prctl(15, b"{name}", 0, 0, 0)\ntime.sleep(30)\n'
     command = (
-        "from dsv3_jax.errors import ConfigError
-from dsv3_jax.evaluation.sandbox import *\n"
+        "from dsv3_jax.evaluation.sandbox import *\n"
         f"run_program(Program({text!r}, 'double', 'assert False'), Limits(30))\n"
     )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
