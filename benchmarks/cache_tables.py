@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from benchmarks.common import RESULTS
-
-
-def _load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+from benchmarks.quality_tables import kl, load, perplexity
 
 
 def quality_table() -> str:
@@ -21,7 +16,7 @@ def quality_table() -> str:
     ]
     told = []
     for name in ("cache_quality", "cache_quality_100m"):
-        result = _load(name)
+        result = load(name)
         model = f"{result['parameters'] / 1e6:.1f}M"
         for row in result["rows"]:
             first, second = row["texts"]
@@ -29,9 +24,7 @@ def quality_table() -> str:
                 cells = " | ".join([""] * 5)
             else:
                 agreement = f"{100 * first['greedy_agreement']:.1f} %"
-                cells = " | ".join(
-                    [_perplexity(first), _kl(first), agreement, _perplexity(second), _kl(second)]
-                )
+                cells = " | ".join([perplexity(first), kl(first), agreement, perplexity(second), kl(second)])
             lines.append(f"| {model} | {row['dtype']} | {row['token_bytes']:,} | {cells} |")
         first, second = result["rows"][0]["texts"]
         told.append(
@@ -39,19 +32,11 @@ def quality_table() -> str:
             f"latents of {result['latent']} columns, rotated keys of {result['rope']}, {first['tokens']:,} tokens "
             f"of {result['texts'][0]}, {second['tokens']:,} of {result['texts'][1]}, windows of {result['window']}."
         )
-    when = _load("cache_quality_100m")["environment"]
+    when = load("cache_quality_100m")["environment"]
     about = (
         "Changes against a float32 cache ± standard error (bootstrap over windows); rotated keys in float32."
     )
     return "\n".join([*lines, "", f"{about} {' '.join(told)} {when['date']}, commit {when['commit']}."])
-
-
-def _perplexity(text: dict[str, Any]) -> str:
-    return f"{100 * (text['perplexity_ratio'] - 1):+.2f} ± {100 * text['perplexity_ratio_error']:.2f} %"
-
-
-def _kl(text: dict[str, Any]) -> str:
-    return f"{text['kl_mean']:.1e} ± {text['kl_error']:.0e}"
 
 
 def _speed(one: dict[str, float]) -> str:
@@ -60,7 +45,7 @@ def _speed(one: dict[str, float]) -> str:
 
 def speed_table() -> str:
     """Decoding by storage type of the cache."""
-    result = _load("cache_speed")
+    result = load("cache_speed")
     lines = [
         "| cache | rows | bytes a token | ms a step | speed against float32, clock | processor time |",
         "|---|---|---|---|---|---|",
@@ -79,7 +64,7 @@ def speed_table() -> str:
 
 def kv_b_table() -> str:
     """Decoding of quantised weights with kv_b whole, against codes."""
-    result = _load("kv_b_speed")
+    result = load("kv_b_speed")
     lines = [
         "| weights | MB with kv_b in codes | whole | rows | ms a step, codes | whole | speed, clock | processor time |",
         "|---|---|---|---|---|---|---|---|",

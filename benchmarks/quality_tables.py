@@ -23,6 +23,16 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def perplexity(text: dict[str, Any]) -> str:
+    """Change of perplexity in percent, with its standard error."""
+    return f"{100 * (text['perplexity_ratio'] - 1):+.2f} ± {100 * text['perplexity_ratio_error']:.2f} %"
+
+
+def kl(text: dict[str, Any]) -> str:
+    """KL divergence in nats a token, with its standard error."""
+    return f"{text['kl_mean']:.1e} ± {text['kl_error']:.0e}"
+
+
 def targets_table() -> str:
     """Perplexity against bfloat16 beside the bounds, and calibrated against nearest over the same tokens."""
     lines = [
@@ -40,7 +50,7 @@ def targets_table() -> str:
                 one = found[0]["texts"][at]
                 half, near = one["against_bfloat16"], one["against_nearest"]
                 versus = f"{near['kl']:+.1e} ± {near['kl_error']:.0e} | {near['kl_z']:+.1f}"
-                cells = f"{_change(half)} | ± {bound} % | {versus if rounding != 'nearest' else ' | '} |"
+                cells = f"{perplexity(half)} | ± {bound} % | {versus if rounding != 'nearest' else ' | '} |"
                 lines.append(
                     f"| {model}, {text.replace('_', ' ')} | {fmt} | {ROUNDING.get(rounding, rounding)} | {cells}"
                 )
@@ -91,8 +101,3 @@ def finetuning_table() -> str:
         f"(`python -m benchmarks.finetuning`). {env['date']}, commit {env['commit']}."
     )
     return "\n".join([*lines, "", note])
-
-
-def _change(text: dict[str, float]) -> str:
-    ratio, error = text["perplexity_ratio"], text["perplexity_ratio_error"]
-    return f"{100 * (ratio - 1):+.2f} ± {100 * error:.2f} %"

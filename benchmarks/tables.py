@@ -5,7 +5,6 @@ Each table stands between `<!-- table:NAME -->` and `<!-- /table -->`; --check f
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cache_tables, kernel_tables, quality_tables
-from benchmarks.common import RESULTS
+from benchmarks.quality_tables import kl, load, perplexity
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -28,23 +27,19 @@ PAGES = (
 )
 
 
-def _load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
 def _where(result: dict[str, Any]) -> str:
     env = result["environment"]
     versions = ", ".join(
         f"{name} {v}" for name, v in env["versions"].items() if v and name in ("jax", "torch", "transformers")
     )
-    load = f" The machine was also doing other work (load {env['load_before']:.1f} before the run)."
-    busy = load if env["load_before"] > 0.5 else ""
+    told = f" The machine was also doing other work (load {env['load_before']:.1f} before the run)."
+    busy = told if env["load_before"] > 0.5 else ""
     return f"{env['date']}, {env['cpu']} ({env['cores']} cores), {versions}, commit {env['commit']}.{busy}"
 
 
 def cpu_table() -> str:
     """Training, prefill and decode against transformers on the ~113M shape."""
-    result = _load("cpu")
+    result = load("cpu")
     lines = [
         "| job | dsv3_jax tokens/s | transformers tokens/s | ratio, median (min to max) | target |",
         "|---|---|---|---|---|",
@@ -64,7 +59,7 @@ def cpu_table() -> str:
 
 def experts_table() -> str:
     """Cost per token as the number of experts grows at a fixed active size."""
-    result = _load("experts")
+    result = load("experts")
     lines = ["| experts | tokens/s, forward + backward | cost per token |", "|---|---|---|"]
     for row in result["rows"]:
         lines.append(f"| {row['experts']} | {row['tokens_per_s']:,.0f} | {row['relative_cost']:.2f}× |")
@@ -79,7 +74,7 @@ def experts_table() -> str:
 
 def compile_time_table() -> str:
     """Seconds to compile the train step as layers grow."""
-    result = _load("compile_time")
+    result = load("compile_time")
     lines = ["| layers | lowering | compiling | of the first row |", "|---|---|---|---|"]
     for row in result["rows"]:
         lower, compile_ = statistics.median(row["lower_s"]), statistics.median(row["compile_s"])
@@ -92,7 +87,7 @@ def compile_time_table() -> str:
 
 def convert_table() -> str:
     """Conversion against `cp` of the same bytes."""
-    result = _load("convert")
+    result = load("convert")
     lines = [
         "| job | GB/s written | against cp, median (min to max) | target | CPU seconds |",
         "|---|---|---|---|---|",
@@ -116,7 +111,7 @@ def _gb(n: float) -> str:
 
 def fit_table() -> str:
     """Peak memory of three models on the mesh presets, and what fits which GPU."""
-    result = _load("fit")
+    result = load("fit")
     lines = [
         "| model | GPUs | state | peak: none | latents | full | full, 8 micro-batches | H100 | H200 | B200 |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -143,7 +138,7 @@ def fit_table() -> str:
 
 def scaling_table() -> str:
     """Bytes a device sends in a step of the 671B model as devices grow with the batch."""
-    result = _load("scaling")
+    result = load("scaling")
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
     lines = [
         f"| devices | mesh | {' | '.join(f'{kind}, GB' for kind in kinds)} | all, GB | of it off the node, GB |",
@@ -163,7 +158,7 @@ def scaling_table() -> str:
 
 def planning_table() -> str:
     """What planning the 671B model takes."""
-    result = _load("plan_full")
+    result = load("plan_full")
     lines = ["| devices | seconds | seconds of CPU | peak memory, GB |", "|---|---|---|---|"]
     for run in result["runs"]:
         lines.append(
@@ -174,7 +169,7 @@ def planning_table() -> str:
 
 def quantized_quality_table(name: str = "quantized_quality") -> str:
     """What each format costs in quality on a trained model."""
-    result = _load(name)
+    result = load(name)
     lines = [
         "| format | rounding | of float32 | perplexity | KL, nats a token | same next token | other text: perplexity "
         "| KL |",
@@ -184,8 +179,8 @@ def quantized_quality_table(name: str = "quantized_quality") -> str:
         if "share_of_float32" in row:
             first, second = row["texts"]
             lines.append(
-                f"| {row['format']} | {_rounding(row)} | {row['share_of_float32']:.3f} | {_perplexity(first)} | "
-                f"{_kl(first)} | {100 * first['greedy_agreement']:.1f} % | {_perplexity(second)} | {_kl(second)} |"
+                f"| {row['format']} | {_rounding(row)} | {row['share_of_float32']:.3f} | {perplexity(first)} | "
+                f"{kl(first)} | {100 * first['greedy_agreement']:.1f} % | {perplexity(second)} | {kl(second)} |"
             )
     first, second = result["rows"][0]["texts"]
     held_out, other = result["texts"]
@@ -210,7 +205,7 @@ def quantized_quality_100m_table() -> str:
 
 def quantized_peers_table() -> str:
     """Rounding to nearest by other libraries, on the same weights."""
-    result = _load("quantized_quality")
+    result = load("quantized_quality")
     lines = [
         "| format | by | same values as ours | error of weights | perplexity against ours | KL, nats a token | "
         "other text: perplexity against ours | KL |",
@@ -225,7 +220,7 @@ def quantized_peers_table() -> str:
         cells = []
         for text in row["texts"]:
             nearest = row["rounding"] == "nearest"
-            cells += ["" if nearest else _perplexity(text["against_nearest"]), _kl(text)]
+            cells += ["" if nearest else perplexity(text["against_nearest"]), kl(text)]
         lines.append(f"| {row['format']} | {by} | {same} | {row['error']:.4f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"The model and texts of the table above. {_when(result)}"])
 
@@ -234,21 +229,13 @@ def _rounding(row: dict[str, Any]) -> str:
     return quality_tables.ROUNDING.get(row["rounding"], row["rounding"])
 
 
-def _perplexity(text: dict[str, Any]) -> str:
-    return f"{100 * (text['perplexity_ratio'] - 1):+.2f} ± {100 * text['perplexity_ratio_error']:.2f} %"
-
-
-def _kl(text: dict[str, Any]) -> str:
-    return f"{text['kl_mean']:.1e} ± {text['kl_error']:.0e}"
-
-
 def _when(result: dict[str, Any]) -> str:
     return f"{result['environment']['date']}, commit {result['environment']['commit']}."
 
 
 def quantized_speed_table() -> str:
     """Decoding and memory by format."""
-    result = _load("quantized_speed")
+    result = load("quantized_speed")
     lines = [
         "| weights | MB | peak MB | tokens/s, 1 prompt | against float32 | tokens/s, 16 prompts | against float32 |",
         "|---|---|---|---|---|---|---|",
