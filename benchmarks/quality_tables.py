@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 
 ROUNDING = {"gptq": "gptq, columns as they come", "gptq+order": "gptq"}
-# Issue's bounds on the change of perplexity against bfloat16, in percent, and which rounding they are of.
+# The project's bounds on the change of perplexity against bfloat16, in percent, and which rounding they are of.
 TARGETS = (
     ("int8", "nearest", 0.1),
     ("int8", "gptq+order", 0.1),

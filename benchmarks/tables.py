@@ -184,7 +184,11 @@ def quantized_quality_table(name: str = "quantized_quality") -> str:
             )
     first, second = result["rows"][0]["texts"]
     held_out, other = result["texts"]
-    trained = result["trained"]
+    trained, later = result["trained"], result.get("second_run")
+    again = ""
+    if later:
+        rows = ", ".join(f"{fmt} {quality_tables.ROUNDING.get(how, how)}" for fmt, how in later["rows"])
+        again = f" From a second run at {later['environment']['commit']}: {rows}; {later['note']}."
     return "\n".join(
         [
             *lines,
@@ -193,7 +197,7 @@ def quantized_quality_table(name: str = "quantized_quality") -> str:
             f"{result['step']:,}, held-out loss {trained['val_loss']:.2f}). Changes against float32 ± standard error "
             f"(bootstrap over windows of {result['window']} tokens). Text: {first['tokens']:,} tokens of {held_out}, "
             f"perplexity {first['perplexity_reference']:.2f} in float32; other text: {second['tokens']:,} of {other}, "
-            f"{second['perplexity_reference']:.2f}. Calibrated on {result['calibration']}. {_when(result)}",
+            f"{second['perplexity_reference']:.2f}. Calibrated on {result['calibration']}. {_when(result)}{again}",
         ]
     )
 
