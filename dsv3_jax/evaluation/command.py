@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.checkpoint.atomic import make_parent
+from dsv3_jax.checkpoint.layout import RUN_CONFIG
 from dsv3_jax.config import parse_kernels
+from dsv3_jax.config.files import load_yaml
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.evaluation import run
 from dsv3_jax.evaluation.choose import choose_tasks
@@ -81,6 +83,8 @@ def evaluate(flags: Flags) -> int:
     )
     opened = job.open()
     subject = Model(job, opened, chat=flags.chat)
+    if flags.window is None and any(task.spec.task == "perplexity" for task in tasks):
+        print(window_note(flags.checkpoint, subject.context), file=sys.stderr)
     shown = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in dataclasses.asdict(flags).items()
@@ -104,6 +108,24 @@ def evaluate(flags: Flags) -> int:
             partial.path.unlink()
     print(run.table(found))
     return 0
+
+
+def window_note(checkpoint: Path, context: int) -> str:
+    """That texts are read in windows of the whole context, and what a run folder says it was trained on."""
+    note = f"note: texts are read in windows of {context} tokens, the model's context"
+    for folder in (
+        checkpoint,
+        *checkpoint.absolute().parents[1:2],
+    ):  # a run, or a step in its checkpoints folder
+        if (folder / RUN_CONFIG).is_file():
+            training = load_yaml(folder / RUN_CONFIG).get("training")
+            trained = training.get("seq_len") if isinstance(training, dict) else None
+            if isinstance(trained, int) and trained < context:
+                return (
+                    f"{note}; it was trained on {trained} tokens at a time, so expect a perplexity that is too high: "
+                    f"give --window {trained}"
+                )
+    return f"{note} (--window: fewer, such as it was trained on)"
 
 
 def _read(path: Path) -> dict[str, Any]:

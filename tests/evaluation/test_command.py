@@ -15,6 +15,7 @@ from dsv3_jax.evaluation import __main__ as command
 from dsv3_jax.evaluation import run
 from dsv3_jax.evaluation.choose import choose_tasks
 from dsv3_jax.evaluation.code import CodeOptions
+from dsv3_jax.evaluation.command import window_note
 from dsv3_jax.evaluation.prompts import Part, TextEncoder, text_prompt
 from dsv3_jax.evaluation.scoring import Score, Text
 from dsv3_jax.evaluation.subject import Answer, Model
@@ -89,6 +90,19 @@ def test_perplexity_counts_tokens_and_bytes(tmp_path: Path) -> None:
     assert found["perplexity"].value == pytest.approx(math.exp(65 / 256))
     assert found["bits_per_byte"].value == pytest.approx(65 / 256 / math.log(2))
     assert found["next_token_accuracy"].value == 1.0
+
+
+def test_a_window_that_the_run_was_not_trained_on_is_told(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "300"
+    step.mkdir(parents=True)
+    assert "--window: fewer" in window_note(step, 1024)
+    (tmp_path / "run" / "config.yaml").write_text("training: {seq_len: 256}")
+    for checkpoint in (step, tmp_path / "run"):
+        assert "windows of 1024 tokens" in window_note(checkpoint, 1024)
+        assert window_note(checkpoint, 1024).endswith("give --window 256")
+    assert "--window: fewer" in window_note(tmp_path / "run", 256)
+    (tmp_path / "run" / "config.yaml").write_text("training: [not, ours]")
+    assert "--window: fewer" in window_note(tmp_path / "run", 1024)
 
 
 def test_a_yaml_task_has_templates_shots_and_a_pattern(tmp_path: Path) -> None:
