@@ -133,7 +133,9 @@ def test_evaluation_gives_the_training_cross_entropy() -> None:
     devices = tiny.mesh(2, 4)
     state = init_state(RUN, devices)  # its own first values, drawn on this mesh
     drawn = tiny.state(RUN, devices)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(drawn))
+    for one, other in zip(*map(jax.tree.leaves, jax.device_get((state, drawn))), strict=True):
+        # The same random bits; jax 0.12 compiles their normal values for a cut with other roundings (3e-7 at most).
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=0)
     sums = jax.jit(make_eval_step(RUN, devices))(state.params, state.router, _put(RUN, devices))
     assert int(sums.targets) == (tiny.batch(RUN)["targets_BT"] >= 0).sum()
     assert float(sums.nats / sums.targets) == pytest.approx(float(history[0]["ce_loss"]), abs=1e-5)
